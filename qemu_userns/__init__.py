@@ -1,0 +1,1 @@
+"""qemu-userns: QEMU in its own user and mount namespace."""

@@ -1,0 +1,1 @@
+"""QEMU's command-line language, parsed losslessly. Pure: touches no operating system."""

@@ -1,0 +1,1 @@
+"""Looks at and opens things on the host."""

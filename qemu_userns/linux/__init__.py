@@ -1,0 +1,1 @@
+"""System calls, one thin typed wrapper each; no knowledge of QEMU."""

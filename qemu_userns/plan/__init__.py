@@ -1,0 +1,1 @@
+"""The plan of a launch: identity maps, grants, rewritten words. Pure."""

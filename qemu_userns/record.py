@@ -1,0 +1,68 @@
+"""Small frozen values.
+
+The standard library's `dataclasses` costs two interpreter starts to import (14 ms where `python3 -I -S -c pass` takes 7),
+`typing.NamedTuple` nearly as much, and all of it would be paid before QEMU's execve. `Record` is the part of a frozen
+dataclass that this program uses: fields from annotations, defaults, keyword arguments, equality, hash, repr, `replace`.
+Type checkers see it as a frozen dataclass (PEP 681).
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Self, dataclass_transform
+else:
+
+    def dataclass_transform(**_):
+        """Stand in for `typing.dataclass_transform` without importing typing."""
+        return lambda cls: cls
+
+
+@dataclass_transform(frozen_default=True, eq_default=True)
+class Record:
+    """Base class of frozen values; each annotation of a subclass is a field, in order, after the inherited ones."""
+
+    _fields: "tuple[str, ...]" = ()
+
+    def __init_subclass__(cls) -> None:
+        """Collect the fields that the subclass adds."""
+        cls._fields = (*cls._fields, *(name for name in cls.__dict__.get("__annotations__", {}) if name not in cls._fields))
+
+    def __init__(self, *args: "Any", **kwargs: "Any") -> None:
+        """Set each field from its positional or keyword argument, else from its default.
+
+        Raises:
+            TypeError: a field has no value, or an argument no field.
+        """
+        names = self._fields
+        if len(args) > len(names):
+            raise TypeError(f"{type(self).__name__}: {len(args)} arguments for {len(names)} fields")
+        values = self.__dict__
+        values.update(zip(names, args, strict=False))
+        for name in names[len(args) :]:
+            if name in kwargs:
+                values[name] = kwargs.pop(name)
+            elif hasattr(type(self), name):
+                values[name] = getattr(type(self), name)
+            else:
+                raise TypeError(f"{type(self).__name__}: no value for {name}")
+        if kwargs:
+            raise TypeError(f"{type(self).__name__}: no field {', '.join(kwargs)}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse: a record is a value."""
+        raise AttributeError(f"{type(self).__name__} is frozen")
+
+    def __eq__(self, other: object) -> bool:
+        """Compare as values of one class."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        """Hash over the fields."""
+        return hash((type(self), *self.__dict__.values()))
+
+    def __repr__(self) -> str:
+        """Show as a call that makes the value."""
+        return f"{type(self).__name__}({', '.join(f'{name}={self.__dict__[name]!r}' for name in self._fields)})"
+
+    def replace(self, **changes: "Any") -> "Self":
+        """Return a copy with some fields changed."""
+        return type(self)(**{**self.__dict__, **changes})

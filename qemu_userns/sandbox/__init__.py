@@ -1,0 +1,1 @@
+"""What happens between fork and execve: namespaces, view, confinement."""
