@@ -1,0 +1,46 @@
+"""The marks and fixtures of tests/, and a check that no test leaves anything on the host."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from integration.leftovers import host_state
+from tests.conftest import (
+    dropin_folder,
+    pytest_configure,
+    pytest_runtest_setup,
+    same_process,
+    shared_tmp,
+    unprivileged_user,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["pytest_configure", "pytest_runtest_setup", "same_process", "shared_tmp", "unprivileged_user"]
+
+GRACE_S = 5
+
+
+@pytest.fixture(autouse=True)
+def clean_host(shared_tmp: Path) -> Iterator[None]:
+    """Fail a test after which a process, a mount or a run-time file is left; the supervisor may need a moment to go.
+
+    It depends on `shared_tmp` so that it looks before that folder is removed.
+    """
+    before = host_state()
+    yield
+    end = time.monotonic() + GRACE_S
+    while (left := host_state().added_since(before)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not left, "left on the host:\n" + "\n".join(left)
+
+
+@pytest.fixture
+def dropin() -> list[str]:
+    """The drop-in for qemu-system-x86_64, as words of a command line; mark the test `dropin`."""
+    return [str(dropin_folder() / "qemu-system-x86_64")]

@@ -1,0 +1,1 @@
+"""The test guest: Debian's kernel and a static busybox."""

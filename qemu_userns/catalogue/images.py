@@ -1,0 +1,81 @@
+"""The block layer's language of file names: which host path a name leads to, if any. Pure.
+
+Source: QEMU's docs/system/qemu-block-drivers.rst.inc, "Disk image file names"; a name has a protocol when a colon stands in
+it before any slash.
+"""
+
+from qemu_userns.catalogue import ways
+from qemu_userns.cmdline import json
+from qemu_userns.record import Record
+
+_PLAIN = ("file", "host_device", "host_cdrom")
+# Options that stand before another name: fat:32:floppy:rw:DIR, blkdebug:CONFIG:IMAGE, blkverify:RAW:IMAGE
+_FAT_FLAGS = ("floppy", "rw", "12", "16", "32")
+
+
+class NamedPath(Record):
+    """A host path within a block layer name."""
+
+    path: str
+    way: str
+    start: int  # its span in the decoded name, so that it can be replaced there
+    end: int
+    in_json: bool = False
+
+
+def find_paths(name: str) -> "tuple[NamedPath, ...]":
+    """Return the host paths that a block layer name leads to; none for network protocols and names of fdsets."""
+    if name.startswith("json:"):
+        return _find_json_paths(name)
+    protocol, colon, rest = name.partition(":")
+    start = len(protocol) + 1
+    if not colon or "/" in protocol:
+        return _path(name, ways.IMAGE, 0)
+    if protocol in _PLAIN:
+        return _path(rest, ways.IMAGE, start)
+    if protocol == "fat":
+        while rest.partition(":")[0] in _FAT_FLAGS:
+            flag = rest.partition(":")[0]
+            start += len(flag) + 1
+            rest = rest[len(flag) + 1 :]
+        writable = ":rw:" in name
+        return _path(rest, ways.WRITE_DIRECTORY if writable else ways.DIRECTORY, start)
+    if protocol in ("blkdebug", "blkverify"):
+        first, _, image = rest.partition(":")
+        way = ways.READ if protocol == "blkdebug" else ways.IMAGE
+        found = _path(first, way, start) if first else ()
+        start += len(first) + 1
+        return (*found, *(part.replace(start=part.start + start, end=part.end + start) for part in find_paths(image)))
+    return _find_socket(name, protocol)
+
+
+def _path(path: str, way: str, start: int) -> "tuple[NamedPath, ...]":
+    """Return one path, but for names that QEMU itself resolves."""
+    if not path or path.startswith("/dev/fdset/"):
+        return ()
+    return (NamedPath(path, way, start, start + len(path)),)
+
+
+def _find_socket(name: str, protocol: str) -> "tuple[NamedPath, ...]":
+    """Return the unix socket of nbd:unix:PATH[:exportname=...] or nbd+unix:///EXPORT?socket=PATH."""
+    if protocol == "nbd" and name.startswith("nbd:unix:"):
+        start = len("nbd:unix:")
+        return _path(name[start:].partition(":")[0], ways.SOCKET, start)
+    if protocol.endswith("+unix") and "socket=" in name:
+        start = name.index("socket=") + len("socket=")
+        return _path(name[start:].partition("&")[0], ways.SOCKET, start)
+    return ()
+
+
+def _find_json_paths(name: str) -> "tuple[NamedPath, ...]":
+    """Return the paths of a json:{...} name."""
+    start = len("json:")
+    try:
+        members, _ = json.parse_json(name[start:])
+    except json.JsonError:
+        return ()
+    return tuple(
+        NamedPath(member.value, ways.IMAGE, member.start + start, member.end + start, in_json=True)
+        for member in members
+        if member.key.rpartition(".")[2] == "filename" and not member.value.startswith("/dev/fdset/")
+    )

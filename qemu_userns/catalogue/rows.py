@@ -1,0 +1,155 @@
+"""The catalogue: for each kind of object, which member names a host resource, and how that is handed over. Pure.
+
+One table for the command line, -readconfig sections, -set, and QMP commands, which all build the same objects. A row with
+conditions applies only to objects whose members have one of the values; "" stands for a member that is not there. A key
+that begins with "**." matches that last component at any depth. What no row names goes to QEMU as it is.
+
+Source: QEMU's qemu-options.hx and qapi/*.json, 7.2 to 11.0.
+"""
+
+from qemu_userns.catalogue import ways
+from qemu_userns.record import Record
+
+
+class Row(Record):
+    """One member of one kind of object that names a host resource."""
+
+    kind: str  # "*" for every kind
+    key: str
+    way: str
+    when: "tuple[tuple[str, tuple[str, ...]], ...]" = ()
+    reason: str = ""  # of REFUSE and CONSUME
+    hint: str = ""
+
+
+def _with_values(kinds: str, way: str) -> "tuple[Row, ...]":
+    """Make rows for options whose whole value is the resource."""
+    return tuple(Row(kind, "value", way) for kind in kinds.split())
+
+
+_PROXY = Row(
+    "",
+    "",
+    ways.REFUSE,
+    (("fsdriver", ("proxy",)),),
+    "QEMU 9.2 removed the 9p proxy backend, and this program does not stand in for virtfs-proxy-helper yet",
+    "use fsdriver local with a path and security_model=mapped-xattr or passthrough",
+)
+_QOM_TYPES_WITH_FILE = ("secret", "sev-guest", "igvm-cfg")
+
+ROWS: "tuple[Row, ...]" = (
+    # Kernels, firmware and tables
+    *_with_values("kernel dtb shim", ways.READ),
+    Row("initrd", "value", ways.READ_MODULES),
+    *_with_values("bios", ways.FIRMWARE),
+    Row("machine", "kernel", ways.READ),
+    Row("machine", "initrd", ways.READ_MODULES),
+    Row("machine", "dtb", ways.READ),
+    Row("machine", "shim", ways.READ),
+    Row("machine", "dumpdtb", ways.WRITE),
+    Row("machine", "firmware", ways.FIRMWARE),
+    Row("option-rom", "romfile", ways.FIRMWARE),
+    Row("device", "romfile", ways.FIRMWARE),
+    Row("boot", "splash", ways.FIRMWARE),
+    Row("acpi", "file", ways.READ_LIST),
+    Row("acpi", "data", ways.READ_LIST),
+    Row("acpitable", "file", ways.READ_LIST),
+    Row("acpitable", "data", ways.READ_LIST),
+    Row("smbios", "file", ways.READ),
+    Row("smbios", "path", ways.READ),
+    Row("fw_cfg", "file", ways.READ),
+    Row("device", "file", ways.READ, (("driver", ("loader", "guest-loader")),)),
+    Row("device", "sdrfile", ways.READ),
+    Row("device", "frudatafile", ways.READ),
+    Row("device", "cdat", ways.READ),
+    Row("L", "value", ways.DIRECTORY),
+    Row("plugin", "file", ways.READ),
+    Row("readconfig", "value", ways.CONFIG),
+    # Block devices
+    *_with_values("disk hda hdb hdc hdd cdrom fda fdb mtdblock sd pflash", ways.IMAGE),
+    Row("drive", "file", ways.IMAGE),
+    Row("drive", "**.filename", ways.IMAGE),
+    Row("blockdev", "**.filename", ways.IMAGE),
+    Row("blockdev", "**.dir", ways.WRITE_DIRECTORY),
+    Row("drive", "**.dir", ways.WRITE_DIRECTORY),
+    Row("blockdev", "**.conf", ways.READ),
+    Row("drive", "**.conf", ways.READ),
+    Row("blockdev", "**.config", ways.READ),
+    Row("drive", "**.config", ways.READ),
+    Row("blockdev", "**.server.path", ways.SOCKET),
+    Row("drive", "**.server.path", ways.SOCKET),
+    Row("blockdev", "**.path", ways.SOCKET, (("driver", ("nbd",)),)),
+    Row("drive", "file.path", ways.SOCKET, (("file.driver", ("nbd",)),)),
+    Row("iscsi", "initiator-name-file", ways.READ),
+    # Memory
+    *_with_values("mem-path", ways.MEMORY),
+    Row("object", "mem-path", ways.MEMORY),
+    # Character devices and monitors
+    Row("chardev", "path", ways.SOCKET, (("backend", ("socket",)), ("abstract", ("", "off")))),
+    Row("chardev", "path", ways.WRITE, (("backend", ("file",)), ("append", ("", "off")))),
+    Row("chardev", "path", ways.APPEND, (("backend", ("file",)), ("append", ("on",)))),
+    Row("chardev", "path", ways.PIPE, (("backend", ("pipe",)),)),
+    Row("chardev", "path", ways.DEVICE, (("backend", ("serial", "tty", "parallel", "parport")),)),
+    Row("chardev", "path", ways.MADE, (("backend", ("pty",)),)),
+    Row("chardev", "input-path", ways.READ),
+    Row("chardev", "logfile", ways.WRITE, (("logappend", ("", "off")),)),
+    Row("chardev", "logfile", ways.APPEND, (("logappend", ("on",)),)),
+    *_with_values("serial parallel monitor qmp qmp-pretty debugcon gdb qtest", ways.CHARDEV),
+    # Files that QEMU writes
+    Row("pidfile", "value", ways.PIDFILE),
+    *_with_values("D qtest-log dump-vmstate", ways.WRITE),
+    Row("trace", "events", ways.READ),
+    Row("trace", "file", ways.WRITE),
+    Row("icount", "rrfile", ways.WRITE, (("rr", ("record",)),)),
+    Row("icount", "rrfile", ways.READ, (("rr", ("replay",)),)),
+    Row("audiodev", "path", ways.WRITE, (("driver", ("wav",)),)),
+    Row("device", "pcap", ways.WRITE),
+    Row("object", "file", ways.WRITE, (("qom-type", ("filter-dump",)),)),
+    # Secrets, certificates, access lists
+    Row("object", "file", ways.READ, (("qom-type", _QOM_TYPES_WITH_FILE),)),
+    Row("object", "dir", ways.DIRECTORY),
+    Row("object", "filename", ways.READ, (("qom-type", ("authz-list-file",)),)),
+    Row("object", "filename", ways.DEVICE, (("qom-type", ("rng-random",)),)),
+    Row("object", "evdev", ways.DEVICE),
+    Row("object", "dh-cert-file", ways.READ),
+    Row("object", "session-file", ways.READ),
+    Row("object", "path", ways.SOCKET, (("qom-type", ("pr-manager-helper",)),)),
+    # Displays
+    Row("spice", "x509-dir", ways.DIRECTORY),
+    *(Row("spice", f"x509-{name}-file", ways.READ) for name in ("key", "cert", "cacert", "dh-key")),
+    Row("spice", "addr", ways.MADE, (("unix", ("on",)),)),
+    Row("vnc", "vnc", ways.VNC),
+    # Shares
+    Row("fsdev", "path", ways.SHARE, (("fsdriver", ("local",)),)),
+    Row("virtfs", "path", ways.SHARE, (("fsdriver", ("local",)),)),
+    _PROXY.replace(kind="fsdev", key="fsdriver"),
+    _PROXY.replace(kind="virtfs", key="fsdriver"),
+    Row("device", "rootdir", ways.WRITE_DIRECTORY),
+    # Networks
+    Row("netdev", "smb", ways.WRITE_DIRECTORY),
+    Row("netdev", "tftp", ways.DIRECTORY),
+    Row("nic", "smb", ways.WRITE_DIRECTORY),
+    Row("nic", "tftp", ways.DIRECTORY),
+    Row("net", "smb", ways.WRITE_DIRECTORY),
+    Row("net", "tftp", ways.DIRECTORY),
+    Row("netdev", "addr.path", ways.MADE, (("type", ("stream",)), ("server", ("on",)), ("addr.abstract", ("", "off")))),
+    Row("netdev", "addr.path", ways.SOCKET, (("type", ("stream",)), ("server", ("", "off")), ("addr.abstract", ("", "off")))),
+    Row("netdev", "local.path", ways.MADE, (("type", ("dgram",)),)),
+    Row("netdev", "remote.path", ways.SOCKET, (("type", ("dgram",)),)),
+    # Devices
+    Row("tpmdev", "path", ways.DEVICE),
+    Row("tpmdev", "cancel-path", ways.WRITE),
+    Row("enable-kvm", "", ways.KVM),
+    Row("accel", "accel", ways.KVM),
+    Row("machine", "accel", ways.KVM),
+    # Fds of the caller
+    *(Row("*", f"**.{key}", ways.FD) for key in ("fd", "vhostfd", "sock_fd")),
+    *(Row("*", f"**.{key}", ways.FDS) for key in ("fds", "vhostfds", "sock-fds", "ebpf-rss-fds")),
+    *(Row("*", f"{prefix}str", ways.FD, ((f"{prefix}type", ("fd",)),)) for prefix in ("addr.", "local.", "remote.", "server.")),
+    Row("incoming", "value", ways.INCOMING),
+    # What this program does itself
+    Row("runas", "value", ways.CONSUME, reason="QEMU runs as that user from the start"),
+    Row("run-with", "user", ways.CONSUME, reason="QEMU runs as that user from the start"),
+    Row("chroot", "value", ways.CONSUME, reason="the view is the root already, and shows less than a chroot"),
+    Row("run-with", "chroot", ways.CONSUME, reason="the view is the root already, and shows less than a chroot"),
+)

@@ -1,0 +1,30 @@
+"""The ways of handing a named resource over. Pure.
+
+A way says what QEMU does with the thing; plan/ decides from it, and from whose the thing is, which grant that takes.
+"""
+
+READ = "read"  # a file that QEMU only reads
+READ_LIST = "read list"  # several of them between colons
+READ_MODULES = "read modules"  # -initrd: a file, or for multiboot "FILE ARGUMENTS,FILE ARGUMENTS"
+FIRMWARE = "firmware"  # a file, or a name that QEMU looks for in its data directories
+DIRECTORY = "directory"  # a directory that QEMU only reads
+WRITE = "write"  # a file that QEMU creates or truncates
+APPEND = "append"  # a file that QEMU creates or goes on writing
+PIDFILE = "pidfile"  # created, locked, and removed at QEMU's end
+MEMORY = "memory"  # a file to map, or a directory to make an unnamed one in
+IMAGE = "image"  # a name in the block layer's language
+SHARE = "share"  # the root of a 9p share
+WRITE_DIRECTORY = "writable directory"  # a directory whose files QEMU changes
+MADE = "made by QEMU"  # a socket or symlink that QEMU makes itself, so its directory has to be writable
+VNC = "vnc"  # a display address
+SOCKET = "socket"  # a unix socket: listened on or connected to, as the object says
+PIPE = "pipe"  # FILE.in and FILE.out, or FILE
+DEVICE = "device"  # a device node
+CHARDEV = "chardev"  # a character device in the old one-word language
+FD = "fd"  # the number of an fd of the caller
+FDS = "fds"  # several of them between colons
+INCOMING = "incoming"  # a migration address
+CONFIG = "config"  # a -readconfig file
+KVM = "kvm"  # a list of accelerators between colons
+CONSUME = "consume"  # this program does it
+REFUSE = "refuse"  # it cannot work; the row says why

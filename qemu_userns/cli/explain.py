@@ -1,0 +1,80 @@
+"""qemu-userns explain: the plan in words, or as JSON."""
+
+import json
+
+from qemu_userns.plan.grants import Connect, Consume, KeepFd, Listen, OpenFd, Refuse, Reserved
+from qemu_userns.plan.layout import build_layout
+from qemu_userns.prepare import prepare, read_settings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.plan.grants import Grant
+    from qemu_userns.plan.plan import Plan
+    from qemu_userns.prepare import Request
+
+_FD_GRANTS = (KeepFd, OpenFd, Listen, Connect, Reserved)
+_CAPABILITIES = {0: "chown", 1: "dac_override", 3: "fowner", 4: "fsetid"}
+_SCOPES = {1: "abstract sockets", 2: "signals"}
+
+
+def explain(request: "Request", as_json: bool) -> int:
+    """Print the plan of a request; return 1 when it would be refused."""
+    plan = prepare(request, read_settings(request)).plan
+    facts = describe_plan(plan)
+    print(json.dumps(facts, indent=2) if as_json else _format(facts))
+    return 1 if facts["refused"] else 0
+
+
+def describe_plan(plan: "Plan") -> "dict[str, list[dict[str, str]]]":
+    """Return the plan as tables of text, in the order in which a launch goes."""
+    identity = plan.identity
+    layout = () if plan.whole_host else build_layout(plan.grants)
+    return {
+        "program": [{"path": plan.program, "name": plan.words[0], "identity": identity.why}],
+        "uid map": [{"map": f"inside {entry.describe()} outside"} for entry in identity.uid_map],
+        "gid map": [{"map": f"inside {entry.describe()} outside"} for entry in identity.gid_map],
+        "view": [_describe(grant) for grant in layout] or [{"what": "the whole host tree", "why": "fs=host, or a share of /"}],
+        "fds": [_describe(grant) for grant in plan.grants if isinstance(grant, _FD_GRANTS)],
+        "taken over": [_describe(grant) for grant in plan.grants if isinstance(grant, Consume)],
+        "rewritten": [{"where": r.where, "before": r.before, "after": r.after, "why": r.why} for r in plan.rewrites],
+        "left alone": [{"option": option, "why": "no table knows it"} for option in plan.unknown],
+        "confinement": _describe_confinement(plan),
+        "warnings": [{"warning": warning} for warning in plan.warnings],
+        "refused": [{"what": grant.why, "why": grant.reason, "hint": grant.hint or ""} for grant in plan.grants if isinstance(grant, Refuse)],
+        "command line": [{"word": word} for word in plan.words],
+    }
+
+
+def _describe(grant: "Grant") -> "dict[str, str]":
+    """Return a grant as text."""
+    return {"what": grant.describe(), "why": grant.why}
+
+
+def _describe_confinement(plan: "Plan") -> "list[dict[str, str]]":
+    """Return what confines QEMU."""
+    confinement = plan.confinement
+    kept = ", ".join(_CAPABILITIES[number] for number in sorted(confinement.capabilities)) or "none"
+    scopes = ", ".join(name for bit, name in _SCOPES.items() if confinement.scoped & bit)
+    return [
+        {"what": "capabilities inside", "value": kept},
+        {"what": "no_new_privs", "value": "on"},
+        {"what": "namespaces inside", "value": "forbidden"},
+        {"what": "Landlock", "value": f"files: the view; scoped: {scopes or 'nothing'}"},
+        {"what": "-sandbox added", "value": confinement.sandbox or "no"},
+    ]
+
+
+def _format(facts: "dict[str, list[dict[str, str]]]") -> str:
+    """Lay the tables out for a reader."""
+    lines = []
+    for title, rows in facts.items():
+        if rows:
+            lines.append(f"{title}:")
+            lines += ["  " + _format_row(row) for row in rows]
+    return "\n".join(lines)
+
+
+def _format_row(row: "dict[str, str]") -> str:
+    """Lay one row out: the first value, then the named rest."""
+    (_, first), *rest = row.items()
+    return first + "".join(f"   {key}: {value}" for key, value in rest if value)

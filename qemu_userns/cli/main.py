@@ -1,0 +1,87 @@
+"""The qemu-userns command."""
+
+import os
+import sys
+
+from qemu_userns.cli.explain import explain
+from qemu_userns.errors import UsageError
+from qemu_userns.hooks.edge import run_at_edge
+from qemu_userns.hooks.install import install
+from qemu_userns.launch import launch
+from qemu_userns.prepare import Request
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+_USAGE = """\
+usage: qemu-userns run [--KEY=VALUE...] [--] qemu-system-ARCH [QEMU's arguments]
+       qemu-userns explain [--json] [--KEY=VALUE...] [--] qemu-system-ARCH [QEMU's arguments]
+       qemu-userns install DIR
+       qemu-userns --version | --help
+
+run      start QEMU in its own user and mount namespace, becoming it
+explain  print what run would do, and do nothing
+install  put a drop-in for every qemu-system-* of this host into DIR
+
+KEY=VALUE: fs=view|host, sandbox=auto|off|VALUE, require=landlock, idmap=MAP, pool=START-END, qemu=PATH, off=on
+"""
+
+
+def main() -> "NoReturn":
+    """Run the command that the first word names."""
+    run_at_edge(lambda: _main(sys.argv[1:]))
+
+
+def _main(words: "list[str]") -> int:
+    """Return the exit status."""
+    command, rest = (words[0], words[1:]) if words else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(_USAGE, end="")
+    elif command == "--version":
+        from importlib.metadata import version
+
+        print(f"qemu-userns {version('qemu-userns')}")
+    elif command == "run":
+        settings, argv = parse_settings(rest)
+        launch(Request(argv, os.environ, None, settings))
+    elif command == "explain":
+        as_json = "--json" in rest[: _find_program(rest)]
+        settings, argv = parse_settings([word for i, word in enumerate(rest) if word != "--json" or i >= _find_program(rest)])
+        return explain(Request(argv, os.environ, None, settings, preview=True), as_json)
+    elif command == "install" and len(rest) == 1:
+        for name in install(rest[0], os.environ.get("PATH", os.defpath)):
+            print(os.path.join(rest[0], name))
+    else:
+        raise UsageError(" ".join(words), "not understood", "qemu-userns --help lists the commands")
+    return 0
+
+
+def parse_settings(words: "list[str]") -> "tuple[tuple[tuple[str, str], ...], tuple[str, ...]]":
+    """Split the words after `run` into our own options and QEMU's command line.
+
+    Raises:
+        UsageError: no program is named, or an option of ours is not --KEY=VALUE.
+    """
+    end = _find_program(words)
+    settings = []
+    for word in words[:end]:
+        if word == "--":
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            raise UsageError(word, "not understood", "our own options are --KEY=VALUE, before the name of QEMU")
+        settings.append((key, value))
+    if end == len(words):
+        raise UsageError("qemu-userns run", "no QEMU is named", "qemu-userns run qemu-system-x86_64 ...")
+    return tuple(settings), tuple(words[end:])
+
+
+def _find_program(words: "list[str]") -> int:
+    """Return the index of the first word that is not an option of ours."""
+    for index, word in enumerate(words):
+        if word == "--":
+            return index + 1
+        if not word.startswith("--"):
+            return index
+    return len(words)

@@ -1,0 +1,55 @@
+"""The edge: where errors become lines on stderr and an exit status, once."""
+
+import os
+import sys
+
+from qemu_userns.errors import QemuUsernsError, format_error, printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import NoReturn
+
+SIGINT = 2
+
+
+def run_at_edge(function: "Callable[[], int]") -> "NoReturn":
+    """Run a program's main function and exit; no traceback reaches the user.
+
+    Ctrl-C ends the process by SIGINT, as it would end QEMU before it handles signals.
+    """
+    sys.excepthook = _report_bug
+    try:
+        status = function()
+    except QemuUsernsError as err:
+        _print(format_error(err))
+        status = err.exit_status
+    except OSError as err:
+        _print(f"qemu-userns: {printable(str(err.filename or 'system call'))}: {err.strerror or err}\n")
+        status = 1
+    except KeyboardInterrupt:
+        from qemu_userns.linux.process import reset_signal
+
+        reset_signal(SIGINT)
+        os.kill(os.getpid(), SIGINT)
+        status = 128 + SIGINT
+    sys.exit(status)
+
+
+def _print(text: str) -> None:
+    """Write to stderr, which may be closed."""
+    try:
+        os.write(2, text.encode(errors="backslashreplace"))
+    except OSError:
+        return
+
+
+def _report_bug(kind: "type[BaseException]", error: BaseException, _: "TracebackType | None") -> None:
+    """Say in one line what no other error said, and where."""
+    at, line = "", 0
+    trace = error.__traceback__
+    while trace is not None:
+        at, line = os.path.basename(trace.tb_frame.f_code.co_filename), trace.tb_lineno
+        trace = trace.tb_next
+    _print(f"qemu-userns: internal error: {kind.__name__} at {at}:{line}: {printable(str(error))}\nhint: please report this line\n")

@@ -1,0 +1,143 @@
+"""Look at the host once, for everything that a plan is made from."""
+
+import errno
+import fcntl
+import os
+import struct
+
+from qemu_userns.catalogue import ways
+from qemu_userns.host.images import find_chain
+from qemu_userns.host.paths import PathWalker
+from qemu_userns.plan.base import BASE, KVM, PTMX
+from qemu_userns.plan.facts import BLOCK, REGULAR, HostFacts, ImageFact, PathFact
+from qemu_userns.plan.grants import READ
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from qemu_userns.catalogue.needs import Need
+    from qemu_userns.plan.facts import Caller
+    from qemu_userns.plan.identity import Identity
+
+_XATTR = "user.virtfs.qemu-userns"
+_NOT_PATHS = (ways.FD, ways.CONSUME, ways.REFUSE, ways.KVM)
+
+
+def look_at_host(
+    needs: "Iterable[Need]",
+    caller: "Caller",
+    identity: "Identity",
+    environ: "Mapping[str, str]",
+    program: str,
+    extra_dirs: "Iterable[str]",
+) -> HostFacts:
+    """Look up every path that the needs name, the headers of images, and what every view holds.
+
+    Args:
+        needs: of the command line.
+        caller: with whose rights this process looks.
+        identity: with whose rights it follows what only an image's header names.
+        environ: the caller's.
+        program: path of the real QEMU.
+        extra_dirs: directories that this QEMU needs besides the system's.
+    """
+    walker = PathWalker(caller.cwd)
+    paths: "dict[str, PathFact]" = {}
+    images: "dict[str, tuple[ImageFact, ...]]" = {}
+
+    def look(path: str) -> PathFact:
+        if path not in paths:
+            paths[path] = walker.look(path)
+        return paths[path]
+
+    for need in needs:
+        if need.way not in _NOT_PATHS:
+            for path in _candidates(need):
+                fact = look(path)
+            _look_closer(need, fact, paths)
+            if need.way == ways.IMAGE and fact.kind in (REGULAR, BLOCK) and fact.readable and fact.fd is None:
+                images[need.path] = _look_at_chain(need, _reader(caller, identity))
+                for image in images[need.path]:
+                    look(image.path)
+    for path in (program, PTMX, KVM, *extra_dirs, *_temporary(environ)):
+        look(path)
+    return HostFacts(caller, paths, images, tuple(walker.look(entry.path) for entry in BASE), environ)
+
+
+def _candidates(need: "Need") -> "tuple[str, ...]":
+    """Return the paths that QEMU may mean; the last one is the plain reading."""
+    if need.way == ways.PIPE:
+        return (f"{need.path}.in", f"{need.path}.out", need.path)
+    if need.way in (ways.MADE, ways.SOCKET):
+        return (os.path.dirname(need.path) or ".", need.path)
+    if need.way == ways.READ_MODULES:
+        return (*(module.partition(" ")[0] for module in need.path.split(",")), need.path)
+    return (need.path,)
+
+
+def _temporary(environ: "Mapping[str, str]") -> "tuple[str, ...]":
+    """Return where QEMU makes temporary files."""
+    return ("/var/tmp", environ["TMPDIR"]) if environ.get("TMPDIR") else ("/var/tmp",)
+
+
+def _look_closer(need: "Need", fact: PathFact, paths: "dict[str, PathFact]") -> None:
+    """Add what only some ways ask for."""
+    if need.way == ways.SHARE and fact.error is None:
+        paths[need.path] = fact.replace(xattrs=_probe_xattrs(fact.real))
+    elif need.way == ways.PIDFILE and fact.kind == REGULAR and fact.fd is None:
+        paths[need.path] = fact.replace(locked=_probe_lock(fact.real))
+
+
+def _probe_xattrs(path: str) -> bool:
+    """Say whether the file system has user.* attributes: asking for one that is not there ends in ENODATA."""
+    try:
+        os.getxattr(path, _XATTR)
+    except OSError as err:
+        return err.errno not in (errno.EOPNOTSUPP, errno.ENOSYS)
+    return True
+
+
+def _probe_lock(path: str) -> bool:
+    """Say whether a process holds the lock that QEMU takes on its pidfile; fcntl(2), F_GETLK."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = fcntl.fcntl(fd, fcntl.F_GETLK, request)
+        return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
+    finally:
+        os.close(fd)
+
+
+def _reader(caller: "Caller", identity: "Identity") -> "Callable[[str], bool]":
+    """Return what says whether QEMU may read a file with its own rights."""
+
+    def may_read(path: str) -> bool:
+        if not caller.root:
+            return os.access(path, os.R_OK)
+        try:
+            found = os.stat(path)
+        except OSError:
+            return False
+        return identity.may(found.st_mode, found.st_uid, found.st_gid, READ)
+
+    return may_read
+
+
+def _look_at_chain(need: "Need", may_open: "Callable[[str], bool]") -> "tuple[ImageFact, ...]":
+    """Read which further files the header of an image names, with QEMU's probing rules: format=raw is never read."""
+    own = "" if need.member is None else need.member.key.rpartition(".")[0]
+    layer = own.rpartition(".")[0]
+    format_key, driver_key = ("format", f"{layer}.driver" if layer else "driver")
+    image_format = need.obj.get(driver_key) or need.obj.get(format_key)
+    if not own and need.obj.get("driver") in ("file", "host_device", "host_cdrom"):
+        image_format = "raw"  # a protocol node alone: what lies above it names it by node-name
+    chain = find_chain(need.path, format=image_format, may_open=may_open)
+    return tuple(
+        ImageFact(file.path, file.format, file.role, need.path)
+        for file in chain
+        if file.role != "image" and not file.unresolved
+    )

@@ -1,0 +1,121 @@
+"""Decide who QEMU is outside, from the caller, the options and the host's subordinate ids."""
+
+from qemu_userns.errors import UsageError
+from qemu_userns.host.leases import LEASE_COUNT, find_pools, lease_range, preview_range
+from qemu_userns.host.subids import find_ranges
+from qemu_userns.plan.identity import DIRECT, NEWIDMAP, SELF, Identity, MapEntry, build_map
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.host.config import Config
+    from qemu_userns.host.leases import Lease
+    from qemu_userns.plan.facts import Account, Caller
+
+SUBUID, SUBGID = "/etc/subuid", "/etc/subgid"
+RUN_DIR = "/run/qemu-userns"
+
+
+def find_identity(
+    caller: "Caller", user: "Account | None", config: "Config", preferred: str, preview: bool
+) -> "tuple[Identity, Lease | None]":
+    """Find the identity of a VM.
+
+    Args:
+        caller: who starts it.
+        user: whom -runas or -run-with user= names, None without.
+        config: extra map entries and the pool of leases.
+        preferred: the VM's uuid or name, so that it gets the same leased ids again.
+        preview: whether to say only which ids would be leased first.
+
+    Returns:
+        The identity, and for a root caller without a user the lease, whose fd is owned.
+
+    Raises:
+        HostError: the files of subordinate ids are broken, or no ids can be leased.
+        UsageError: an unprivileged caller names another user.
+    """
+    if not caller.root:
+        if user is not None and user.uid != caller.account.uid:
+            raise UsageError(f"user {user.name}", "only root can run QEMU as another user")
+        return _find_own(caller.account, config), None
+    if user is not None:
+        return _build(user, user.groups, *_subordinate(user), config, "the user that the command line names"), None
+    pools = find_pools(SUBUID, SUBGID, config.pool)
+    if preview:
+        return _build_leased(preview_range(*pools, preferred), LEASE_COUNT, config), None
+    lease = lease_range(RUN_DIR, *pools, preferred)
+    return _build_leased(lease.first_id, lease.count, config), lease
+
+
+def _build_leased(first_id: int, count: int, config: "Config") -> Identity:
+    """Build the identity of a VM that has a range of its own."""
+    owner = _Owner(first_id, first_id)
+    ranges = ((first_id + 1, count - 1),)
+    return _build(owner, (), ranges, ranges, config, "ids leased for this VM")
+
+
+class _Owner:
+    """The ids of a lease, where an account stands otherwise."""
+
+    def __init__(self, uid: int, gid: int) -> None:
+        self.uid = uid
+        self.gid = gid
+
+
+def _find_own(account: "Account", config: "Config") -> Identity:
+    """Build the identity of an unprivileged caller: its own id, and its subordinate ids after it."""
+    uid_ranges, gid_ranges = _subordinate(account)
+    uid_extra, gid_extra = _extra(config)
+    if uid_ranges and gid_ranges:
+        method, why, warning = NEWIDMAP, "the caller, with subordinate ids", None
+    elif uid_extra or gid_extra:
+        method, why, warning = NEWIDMAP, "the caller, with the ids that idmap names", None
+        uid_ranges = gid_ranges = ()
+    else:
+        method, why = SELF, "the caller alone"
+        missing = SUBGID if uid_ranges else SUBUID
+        uid_ranges = gid_ranges = ()
+        warning = (
+            f"{account.name} has no subordinate ids in {missing}, so only one id is mapped and passthrough shares cannot hold others "
+            f"(usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {account.name})"
+        )
+    return Identity(
+        account.uid,
+        account.gid,
+        account.groups,
+        False,
+        method,
+        build_map(account.uid, uid_ranges, uid_extra),
+        build_map(account.gid, gid_ranges, gid_extra),
+        why,
+        warning,
+    )
+
+
+def _build(
+    owner: "Account | _Owner",
+    groups: "tuple[int, ...]",
+    uid_ranges: "tuple[tuple[int, int], ...]",
+    gid_ranges: "tuple[tuple[int, int], ...]",
+    config: "Config",
+    why: str,
+) -> Identity:
+    """Build an identity that a root caller switches to."""
+    uid_extra, gid_extra = _extra(config)
+    uid_map = build_map(owner.uid, uid_ranges, uid_extra)
+    gid_map = build_map(owner.gid, gid_ranges, gid_extra)
+    return Identity(owner.uid, owner.gid, groups, True, DIRECT, uid_map, gid_map, why)
+
+
+def _subordinate(account: "Account") -> "tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]":
+    """Return the subordinate uid and gid ranges of an account."""
+    uid_ranges = find_ranges(SUBUID, account.name, account.uid)
+    gid_ranges = find_ranges(SUBGID, account.name, account.uid, account.gid)
+    return tuple((span.start, span.count) for span in uid_ranges), tuple((span.start, span.count) for span in gid_ranges)
+
+
+def _extra(config: "Config") -> "tuple[tuple[MapEntry, ...], tuple[MapEntry, ...]]":
+    """Return the extra map entries for uids and for gids."""
+    return tuple(MapEntry(e.inside, e.outside, e.count) for e in config.idmap if e.kind in ("uid", "both")), tuple(
+        MapEntry(e.inside, e.outside, e.count) for e in config.idmap if e.kind in ("gid", "both")
+    )

@@ -1,0 +1,210 @@
+"""Open what a plan grants, with the caller's rights, before anything is unshared."""
+
+import os
+import stat
+
+from qemu_userns.errors import ResourceError
+from qemu_userns.host.leftovers import Leftover, remove
+from qemu_userns.linux import mount
+from qemu_userns.plan.grants import Bind, Connect, Create, CreateDir, Grant, KeepFd, Listen, Node, OpenFd, Reserved
+from qemu_userns.plan.layout import build_layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qemu_userns.plan.layout import Placed
+    from qemu_userns.plan.plan import Plan
+
+_CLONE = mount.OPEN_TREE_CLONE | mount.AT_RECURSIVE | mount.AT_SYMLINK_NOFOLLOW
+
+
+class Opened:
+    """What is open for a launch; `close_all` takes everything back."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.layout: "tuple[Placed, ...]" = ()
+        self.sources: "dict[str, int]" = {}  # owned fds of detached mounts made outside, by path in the view
+        self.places: "dict[str, str]" = {}  # where on the host a path of the view lies, if elsewhere
+        self.nodes_fd: "int | None" = None  # owned: detached tmpfs with device nodes
+        self.passed: "list[int]" = []  # numbers of fds that QEMU gets
+        self.leftovers: "list[Leftover]" = []
+
+    def undo(self) -> None:
+        """Remove the files that were created; fds go with the process."""
+        remove(self.leftovers)
+
+
+def open_grants(plan: "Plan", lease_fd: "int | None", opened: Opened) -> None:
+    """Open everything that the plan grants.
+
+    Should: run with the caller's rights, root's if it is root.
+    Must not: open what only an image's header or a guest names; the plan has no such grant.
+
+    Args:
+        plan: what to open.
+        lease_fd: the lock of the leased ids, borrowed; None without a lease.
+        opened: filled as things are opened, so that the caller can undo a part of it.
+
+    Raises:
+        ResourceError: something cannot be opened or is not what the plan saw.
+    """
+    if not plan.whole_host:
+        opened.layout = build_layout(plan.grants)
+    else:
+        opened.layout = tuple(grant for grant in build_layout(plan.grants) if not isinstance(grant, Bind))
+    for grant in plan.grants:
+        try:
+            _open(grant, plan, lease_fd, opened)
+        except OSError as err:
+            raise ResourceError(f"{grant.why}: {getattr(grant, 'path', '')}", err.strerror or str(err)) from err
+    if plan.identity.switch:
+        _make_nodes(plan, opened)
+        for placed in opened.layout:
+            if isinstance(placed, Bind | Create | CreateDir):
+                path = opened.places.get(placed.path, placed.path)
+                opened.sources[placed.path] = clone_bind(path, placed.inode if isinstance(placed, Bind) else None)
+
+
+def clone_bind(path: str, inode: "tuple[int, int] | None") -> int:
+    """Make a detached copy of what is mounted at a path.
+
+    Should: run with the rights that the operator gave, root's before the identity is switched.
+    Must not: follow a symlink; the plan resolved them.
+
+    Returns:
+        An owned fd.
+
+    Raises:
+        ResourceError: the path cannot be copied, or is no longer what the plan saw.
+    """
+    try:
+        fd = mount.open_tree(mount.AT_FDCWD, path, _CLONE)
+    except OSError as err:
+        raise ResourceError(f"cannot show {path} to QEMU", err.strerror or str(err)) from err
+    if inode is not None:
+        found = os.fstat(fd)
+        if (found.st_dev, found.st_ino) != inode:
+            os.close(fd)
+            raise ResourceError(f"cannot show {path} to QEMU", "it was replaced while QEMU was being started")
+    return fd
+
+
+def _open(grant: Grant, plan: "Plan", lease_fd: "int | None", opened: Opened) -> None:
+    """Open what one grant gives, if it is not a matter of the view alone."""
+    match grant:
+        case KeepFd():
+            opened.passed.append(grant.number)
+        case OpenFd():
+            _number(_open_checked(grant), grant.number, opened)
+        case Reserved(what="lease") if lease_fd is not None:
+            _number(os.dup(lease_fd), grant.number, opened)
+        case Reserved(what="ptmx"):
+            _number(os.open("/dev/ptmx", os.O_PATH | os.O_CLOEXEC), grant.number, opened)
+        case Reserved(content=str(text)):
+            memory = os.memfd_create("qemu-userns-config", os.MFD_CLOEXEC)
+            os.write(memory, os.fsencode(text))
+            os.lseek(memory, 0, os.SEEK_SET)
+            os.dup2(memory, grant.number)
+            os.close(memory)
+            opened.passed.append(grant.number)
+        case Create():
+            _create(grant, plan, opened)
+        case CreateDir():
+            _create_directory(grant, plan, opened)
+        case Listen():
+            _listen(grant, opened)
+        case Connect():
+            _connect(grant, opened)
+
+
+def _number(fd: int, number: int, opened: Opened) -> None:
+    """Move an fd to the number that the plan gave it; take ownership."""
+    os.dup2(fd, number, inheritable=False)
+    os.close(fd)
+    opened.passed.append(number)
+
+
+def _open_checked(grant: OpenFd) -> int:
+    """Open a file that QEMU shall have; return an owned fd."""
+    fd = os.open(grant.path, grant.flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+    found = os.fstat(fd)
+    if (found.st_dev, found.st_ino) != grant.inode or not stat.S_ISREG(found.st_mode):
+        os.close(fd)
+        raise ResourceError(grant.path, "it was replaced while QEMU was being started")
+    os.set_blocking(fd, True)
+    return fd
+
+
+def _create(grant: Create, plan: "Plan", opened: Opened) -> None:
+    """Create an empty file for QEMU, or note that the one that is there stays."""
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    if grant.replace:
+        os.unlink(grant.path)
+    try:
+        fd = os.open(grant.path, flags, grant.mode)
+    except FileExistsError:
+        found = os.lstat(grant.path)
+        if not stat.S_ISREG(found.st_mode):
+            raise
+        if grant.temporary:
+            opened.leftovers.append(Leftover(grant.path, (found.st_dev, found.st_ino), True))
+        return
+    found = os.fstat(fd)
+    opened.leftovers.append(Leftover(grant.path, (found.st_dev, found.st_ino), grant.temporary))
+    if plan.identity.switch:
+        os.fchown(fd, plan.identity.uid, plan.identity.gid)
+    os.close(fd)
+
+
+def _create_directory(grant: CreateDir, plan: "Plan", opened: Opened) -> None:
+    """Create a directory of the VM's own below one of the host's."""
+    place = f"{grant.path}/qemu-userns.{os.urandom(8).hex()}"
+    os.mkdir(place, 0o700)
+    found = os.lstat(place)
+    opened.leftovers.append(Leftover(place, (found.st_dev, found.st_ino), True))
+    opened.places[grant.path] = place
+    if plan.identity.switch:
+        os.chown(place, plan.identity.uid, plan.identity.gid, follow_symlinks=False)
+
+
+def _listen(grant: Listen, opened: Opened) -> None:
+    """Bind and listen as QEMU does: what is at the path goes, mode and owner are the umask's and the caller's."""
+    import _socket
+
+    socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        os.unlink(grant.path)
+    except FileNotFoundError:
+        pass
+    socket.bind(os.fsencode(grant.path))
+    found = os.lstat(grant.path)
+    opened.leftovers.append(Leftover(grant.path, (found.st_dev, found.st_ino), True))
+    socket.listen(1)
+    _number(socket.detach(), grant.number, opened)
+
+
+def _connect(grant: Connect, opened: Opened) -> None:
+    """Connect to a socket that QEMU's id may not connect to."""
+    import _socket
+
+    socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    socket.connect(os.fsencode(grant.path))
+    _number(socket.detach(), grant.number, opened)
+
+
+def _make_nodes(plan: "Plan", opened: Opened) -> None:
+    """Make the device nodes of the plan on a tmpfs that root mounts, where devices work inside the namespace too."""
+    nodes = [placed for placed in opened.layout if isinstance(placed, Node)]
+    if not nodes:
+        return
+    context = mount.fsopen("tmpfs", mount.FSOPEN_CLOEXEC)
+    mount.fsconfig(context, mount.FSCONFIG_SET_STRING, "mode", "755")
+    mount.fsconfig(context, mount.FSCONFIG_CMD_CREATE)
+    opened.nodes_fd = mount.fsmount(context, mount.FSMOUNT_CLOEXEC, mount.MOUNT_ATTR_NOSUID)
+    os.close(context)
+    for node in nodes:
+        name = node.path.replace("/", "!")
+        os.mknod(name, (stat.S_IFBLK if node.block else stat.S_IFCHR) | 0o600, node.device, dir_fd=opened.nodes_fd)
+        os.chown(name, plan.identity.uid, plan.identity.gid, dir_fd=opened.nodes_fd)

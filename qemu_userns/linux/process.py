@@ -1,0 +1,75 @@
+"""What a process is and may: unshare(2), prctl(2), capset(2), close_range(2)."""
+
+import os
+import struct
+import sys
+
+from qemu_userns.linux.syscall import IntResult, call, find_function, syscall
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUSER = 0x10000000
+PR_SET_PDEATHSIG = 1
+PR_GET_PDEATHSIG = 2
+PR_GET_DUMPABLE = 3
+PR_SET_DUMPABLE = 4
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+CLOSE_RANGE_CLOEXEC = 4
+FD_MAX = 0xFFFFFFFF
+_CAPABILITY_VERSION_3 = 0x20080522
+
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID = 0, 1, 3, 4
+CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN = 6, 7, 21
+
+_prctl = find_function("prctl", 5)
+_capset = find_function("capset", 2)
+
+
+def unshare(flags: int) -> None:
+    """Move this process into new namespaces.
+
+    Raises:
+        OSError: EPERM when user namespaces are forbidden; ENOSPC when a limit of /proc/sys/user is reached.
+    """
+    if sys.version_info >= (3, 12):
+        os.unshare(flags)
+    else:
+        # The same binding for Python 3.11; its C function raises OSError alike.
+        from unshare import unshare as unshare_before_312
+
+        unshare_before_312(flags)
+
+
+def prctl(option: int, *arguments: int) -> int:
+    """Call prctl(2) with integer arguments."""
+    return call(_prctl, option, *arguments, *(0,) * (4 - len(arguments)))
+
+
+def get_pdeathsig() -> int:
+    """Return the signal that this process gets when its parent dies, 0 if none."""
+    result = IntResult(0)
+    prctl(PR_GET_PDEATHSIG, result.address)
+    return int(result.value)
+
+
+def capset(permitted: "frozenset[int]") -> None:
+    """Make `permitted` the permitted and effective set, and the inheritable set empty."""
+    mask = sum(1 << capability for capability in permitted)
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    call(_capset, struct.pack("Ii", _CAPABILITY_VERSION_3, 0), struct.pack("6I", low, low, 0, high, high, 0))
+
+
+def close_range(first: int, last: int, flags: int) -> None:
+    """Close a range of fds, or with CLOSE_RANGE_CLOEXEC mark them close-on-exec (Linux 5.11)."""
+    syscall(436, first, last, flags)
+
+
+SIGPIPE, SIGXFSZ, SIG_DFL = 13, 25, 0
+_signal = find_function("signal", 2)
+
+
+def reset_signal(number: int) -> None:
+    """Give a signal its default action: signal(2)."""
+    call(_signal, number, SIG_DFL)

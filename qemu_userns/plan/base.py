@@ -1,0 +1,43 @@
+"""What every view holds, where the host has it. Pure."""
+
+from qemu_userns.record import Record
+
+
+class BasePath(Record):
+    """A path of the host that is shown to every QEMU."""
+
+    path: str
+    why: str
+    writable: bool = False
+    device: bool = False
+
+
+# What QEMU and its libraries read of /etc. Passwords, keys and the host's own configuration are not among them.
+_ETC = (
+    "alternatives ca-certificates ceph crypto-policies fonts gai.conf gnutls group gtk-3.0 host.conf hosts iscsi ld.so.cache ld.so.conf "
+    "ld.so.conf.d libnl libnl-3 localtime nsswitch.conf pango passwd pki protocols qemu resolv.conf sasl2 services ssl/certs "
+    "ssl/openssl.cnf timezone"
+)
+
+BASE: "tuple[BasePath, ...]" = (
+    *(BasePath(path, "programs and libraries") for path in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")),
+    *(BasePath(path, "programs and libraries") for path in ("/nix/store", "/gnu/store")),
+    *(BasePath(f"/etc/{name}", "configuration that QEMU and its libraries read") for name in _ETC.split()),
+    BasePath("/proc", "processes; 9p and /dev/fd need /proc/self", writable=True, device=True),
+    *(BasePath(f"/dev/{name}", "standard device", True, True) for name in ("null", "zero", "full", "random", "urandom", "tty")),
+    BasePath("/dev/pts", "pseudo terminals are told by their number on the host", True, True),
+    BasePath("/dev/userfaultfd", "postcopy migration", True, True),
+)
+
+LINKS = (
+    ("/dev/fd", "/proc/self/fd"),
+    ("/dev/stdin", "/proc/self/fd/0"),
+    ("/dev/stdout", "/proc/self/fd/1"),
+    ("/dev/stderr", "/proc/self/fd/2"),
+)
+
+# Directories in memory that are the VM's alone.
+PRIVATE = (("/tmp", 0o1777), ("/run", 0o755), ("/var/tmp", 0o1777), ("/dev/shm", 0o1777))  # noqa: S108
+
+PTMX = "/dev/ptmx"
+KVM = "/dev/kvm"

@@ -1,0 +1,212 @@
+"""Build the plan from the command line, the catalogue's reading of it, and the facts. Pure."""
+
+from qemu_userns.catalogue import ways
+from qemu_userns.cmdline.source import apply_edits, drop
+from qemu_userns.cmdline.table import BUILTIN
+from qemu_userns.plan.base import BASE, LINKS, PRIVATE, PTMX
+from qemu_userns.plan.draft import Draft
+from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY
+from qemu_userns.plan.grants import READ, Bind, Consume, Copy, CreateDir, Link, Listen, Private, Reserved
+from qemu_userns.plan.handover import hand_over
+from qemu_userns.plan.plan import Confinement, Plan, Rewrite
+from qemu_userns.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qemu_userns.catalogue.needs import Need
+    from qemu_userns.cmdline.objects import CommandLine
+    from qemu_userns.cmdline.source import Edit
+    from qemu_userns.plan.facts import HostFacts
+    from qemu_userns.plan.identity import Identity
+
+_SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1, 2
+_DISPLAYS_WITH_SOCKETS = ("gtk", "sdl", "dbus", "spice-app")
+_SPAWNING_NETDEVS = ("tap", "bridge", "passt")
+
+
+class Program(Record):
+    """The real QEMU, as far as a plan depends on it."""
+
+    path: str
+    version: "tuple[int, ...]"
+    sandbox: bool  # its build has -sandbox
+    extra_dirs: "tuple[str, ...]"  # libraries and data outside the system's directories
+
+
+class Settings(Record):
+    """The configuration, as far as a plan depends on it."""
+
+    whole_host: bool = False
+    sandbox: str = "auto"
+    require_landlock: bool = False
+
+
+def build_plan(
+    argv0: str,
+    commandline: "CommandLine",
+    needs: "Sequence[Need]",
+    facts: "HostFacts",
+    identity: "Identity",
+    program: Program,
+    settings: Settings,
+    leased: bool,
+) -> Plan:
+    """Build the plan of a launch.
+
+    Args:
+        argv0: name under which QEMU is started.
+        commandline: the caller's words.
+        needs: what the catalogue found in them.
+        facts: the host, with everything looked up that the needs name.
+        identity: who QEMU will be.
+        program: the real QEMU.
+        settings: the configuration.
+        leased: whether the identity holds a lease, whose fd QEMU keeps.
+    """
+    named_fds = frozenset(int(need.path) for need in needs if need.way == ways.FD and need.path.isdecimal())
+    draft = Draft(commandline.objects, facts, identity, named_fds)
+    draft.whole_host = settings.whole_host
+    _add_base(draft, program)
+    for need in needs:
+        hand_over(draft, need, commandline)
+    _add_temporary(draft, commandline)
+    for option in commandline.options:
+        if option.name == "userns":
+            draft.edits.append(drop(option, "it is ours"))
+            draft.add(Consume("-userns", "it is ours"))
+    sandbox = _choose_sandbox(commandline, needs, program, settings)
+    if sandbox is not None:
+        draft.words[:0] = ["-sandbox", sandbox]
+    if leased:
+        draft.add(Reserved("the lease of QEMU's ids ends when its last process does", "lease", draft.next_fd()))
+    if leased or any(isinstance(grant, CreateDir | Listen) or getattr(grant, "temporary", False) for grant in draft.grants):
+        draft.add(Reserved("its end tells the supervisor that QEMU has ended", "supervisor", draft.next_fd()))
+    words, copies = commandline.print_words(draft.edits)
+    rewrites = _find_rewrites(commandline, draft.edits, words, copies)
+    _add_copies(draft, commandline, copies)
+    return Plan(
+        program.path,
+        (argv0, *draft.words, *words),
+        facts.caller.cwd,
+        identity,
+        draft.whole_host,
+        tuple(draft.grants),
+        (*rewrites, *(Rewrite("added", "", word, "") for word in draft.words)),
+        tuple(option.spelled for option in commandline.options if option.name and BUILTIN.find(option.name) is None),
+        Confinement(draft.capabilities, _choose_scopes(commandline), settings.require_landlock, sandbox),
+        tuple(([identity.warning] if identity.warning else []) + draft.warnings),
+    )
+
+
+def _add_base(draft: Draft, program: Program) -> None:
+    """Add what every view holds."""
+    for entry, fact in zip(BASE, draft.facts.base, strict=True):
+        # What QEMU may not read is left out: to QEMU an absent /etc/qemu/qemu.conf is fine, an unreadable one is fatal.
+        if fact.error is None and fact.kind != ABSENT and (entry.device or draft.may(fact, READ)):
+            draft.way_to(fact, entry.why)
+            draft.add(Bind(entry.why, fact.real, entry.writable, entry.device, fact.inode))
+    draft.add(*(Link("standard streams", path, target) for path, target in LINKS))
+    draft.add(*(Private("private to this VM", path, mode) for path, mode in PRIVATE))
+    draft.add(Private("the caller's working directory", draft.facts.caller.cwd, tmpfs=False))
+    ptmx = draft.facts.paths[PTMX]
+    if ptmx.kind == CHARACTER:
+        # A bind of /dev/ptmx alone cannot be opened: the kernel looks for "pts" beside it in its own mount (devpts).
+        number = draft.next_fd()
+        draft.add(Reserved("pseudo terminals; an fd that is only a path", "ptmx", number))
+        draft.add(Link("pseudo terminals", PTMX, f"/proc/self/fd/{number}"))
+    for path in (program.path, *program.extra_dirs):
+        fact = draft.facts.paths[path]
+        if fact.error is None and fact.kind != ABSENT:
+            draft.bind(fact, False, "QEMU itself")
+
+
+def _add_temporary(draft: Draft, commandline: "CommandLine") -> None:
+    """Give QEMU a place for its temporary files: in memory, or on disk where they hold the data of a snapshot."""
+    environment = draft.facts.environment.get("TMPDIR")
+    snapshot = any(option.name == "snapshot" for option in commandline.options) or any(
+        obj.get("snapshot") == "on" or ":rw:" in (obj.get("file") or "") for obj in commandline.objects
+    )
+    why = "temporary files of snapshots"
+    for path in ("/var/tmp", environment) if environment else ("/var/tmp",):
+        fact = draft.facts.paths[path]
+        if fact.kind != DIRECTORY:
+            continue
+        draft.way_to(fact, why)
+        if snapshot and fact.parent_writable | fact.writable:
+            draft.add(CreateDir(why, fact.real))
+        else:
+            draft.add(Private("temporary files", fact.real, 0o1777))
+
+
+def _choose_sandbox(commandline: "CommandLine", needs: "Sequence[Need]", program: Program, settings: Settings) -> "str | None":
+    """Return the value of a -sandbox option to add, None for none.
+
+    The settings are those that libvirt gives to every QEMU, but for what the command line itself needs: -daemonize calls
+    setsid, which elevateprivileges=deny kills; scripts, helpers and exec: need spawn.
+    """
+    if not program.sandbox or settings.sandbox == "off" or any(obj.kind == "sandbox" for obj in commandline.objects):
+        return None
+    if settings.sandbox != "auto":
+        return settings.sandbox
+    names = {option.name for option in commandline.options}
+    privileges = "allow" if "daemonize" in names else "deny"
+    spawn = "allow" if _spawns(commandline) or "async-teardown" in names else "deny"
+    return f"on,obsolete=deny,elevateprivileges={privileges},spawn={spawn},resourcecontrol=deny"
+
+
+def _spawns(commandline: "CommandLine") -> bool:
+    """Say whether QEMU will start other programs."""
+    for obj in commandline.objects:
+        if obj.kind in ("netdev", "nic", "net"):
+            if obj.get("type") in _SPAWNING_NETDEVS or obj.get("smb") or "-cmd:" in (obj.get("guestfwd") or ""):
+                return True
+        elif obj.kind == "incoming" and (obj.get("value") or "").startswith("exec:"):
+            return True
+        elif obj.kind == "run-with" and obj.get("async-teardown") == "on":
+            return True
+        elif obj.kind == "display" and obj.get("type") == "spice-app":
+            return True
+    return False
+
+
+def _choose_scopes(commandline: "CommandLine") -> int:
+    """Return Landlock's scopes: signals never leave the VM, abstract sockets only where the command line has one."""
+    for obj in commandline.objects:
+        abstract = any(member.key.rpartition(".")[2] == "abstract" and member.value == "on" for member in obj.members)
+        if abstract or (obj.kind == "display" and obj.get("type") in _DISPLAYS_WITH_SOCKETS):
+            return _SCOPE_SIGNALS
+    return _SCOPE_SIGNALS | _SCOPE_ABSTRACT_SOCKETS
+
+
+def _find_rewrites(
+    commandline: "CommandLine", edits: "Sequence[Edit]", words: "Sequence[str]", copies: "dict[int, str]"
+) -> "tuple[Rewrite, ...]":
+    """Say what the edits change, one line per word and per file."""
+    reasons: "dict[int, list[str]]" = {}
+    for edit in edits:
+        reasons.setdefault(edit.source, []).append(edit.why)
+    rewrites = []
+    for index in sorted(reasons):
+        source = commandline.sources[index]
+        mine = [edit for edit in edits if edit.source == index]
+        dropped = any(edit.form == "option" for edit in mine)
+        after = copies[index] if index in copies else "" if dropped else apply_edits(source.text, mine)
+        rewrites.append(Rewrite(source.where, source.text, after, "; ".join(dict.fromkeys(reasons[index]))))
+    return tuple(rewrites)
+
+
+def _add_copies(draft: Draft, commandline: "CommandLine", copies: "dict[int, str]") -> None:
+    """Show QEMU a copy of each -readconfig file at the file's own path."""
+    for index, text in copies.items():
+        name = commandline.sources[index].where
+        fact = draft.facts.paths.get(name)
+        if fact is None or fact.error is not None:
+            continue
+        if fact.fd is not None:
+            draft.add(Reserved("a copy of the -readconfig file that the caller passed", f"config {index}", fact.fd, content=text))
+            continue
+        draft.way_to(fact, "-readconfig")
+        draft.add(Copy("-readconfig", fact.real, text))
+

@@ -1,0 +1,158 @@
+"""A plan in the making: what the handovers add to, in the order of the command line. Pure."""
+
+from qemu_userns.cmdline.source import replace
+from qemu_userns.plan.facts import ABSENT, DIRECTORY
+from qemu_userns.plan.grants import READ, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
+from qemu_userns.plan.layout import is_below
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qemu_userns.catalogue.needs import Need
+    from qemu_userns.cmdline.objects import Object
+    from qemu_userns.cmdline.source import Edit
+    from qemu_userns.plan.facts import HostFacts, PathFact
+    from qemu_userns.plan.identity import Identity
+
+SEARCH = 1
+_MONITORS = ("monitor", "qmp", "qmp-pretty")
+LOWEST_OWN_FD = 300  # fds that the plan adds are numbered from here, out of the way of those that callers count from 3
+
+
+class Draft:
+    """Grants, edits and words so far, and the facts that they are decided from."""
+
+    def __init__(
+        self, objects: "Sequence[Object]", facts: "HostFacts", identity: "Identity", named_fds: "frozenset[int]"
+    ) -> None:
+        """Start with nothing.
+
+        Args:
+            objects: of the command line.
+            facts: what the host looks like.
+            identity: who QEMU will be.
+            named_fds: numbers that the command line names, open or not; never given to anything else.
+        """
+        self.objects = objects
+        self.facts = facts
+        self.identity = identity
+        self.grants: "list[Grant]" = []
+        self.edits: "list[Edit]" = []
+        self.words: "list[str]" = []  # added before the caller's
+        self.warnings: "list[str]" = []
+        self.capabilities: "frozenset[int]" = frozenset()
+        self.whole_host = False
+        self.spawns = False
+        self._taken = set(facts.caller.open_fds | named_fds)
+        self._fdset = 0
+
+    def add(self, *grants: Grant) -> None:
+        """Add grants."""
+        self.grants += grants
+
+    def refuse(self, why: str, reason: str, hint: "str | None" = None) -> None:
+        """Add a refusal."""
+        self.grants.append(Refuse(why, reason, hint))
+
+    def next_fd(self) -> int:
+        """Return a number for an fd of our own."""
+        number = LOWEST_OWN_FD
+        while number in self._taken:
+            number += 1
+        self._taken.add(number)
+        return number
+
+    def next_fdset(self) -> int:
+        """Return a number for an fdset of our own, high so that it does not meet the caller's -add-fd."""
+        self._fdset += 1
+        return 1_000_000 + self._fdset
+
+    def path(self, path: str) -> "PathFact":
+        """Return the fact of a path."""
+        return self.facts.paths[path]
+
+    def may(self, fact: "PathFact", want: int) -> bool:
+        """Say whether QEMU may open an existing file with its own rights; `want` as in Identity.may."""
+        if self.identity.uid == self.facts.caller.account.uid:
+            return (fact.readable or not want & READ) and (fact.writable or not want & WRITE)
+        return self.identity.may(fact.mode, fact.uid, fact.gid, want)
+
+    def caller_may(self, fact: "PathFact", want: int) -> bool:
+        """Say whether the caller may."""
+        return (fact.readable or not want & READ) and (fact.writable or not want & WRITE)
+
+    def way_to(self, fact: "PathFact", why: str) -> None:
+        """Show what a path passes on its way: symlinks, and directories that a ".." leaves again."""
+        self.add(*(Link(why, path, target) for path, target in fact.links))
+        self.add(*(Private(why, path, tmpfs=False) for path in fact.passed))
+
+    def bind(self, fact: "PathFact", writable: bool, why: str, device: bool = False) -> None:
+        """Show an existing path, idmapped where QEMU could not read it otherwise and it is not writable."""
+        if is_shown(fact.real):
+            return
+        self.way_to(fact, why)
+        want = READ | SEARCH if fact.kind == DIRECTORY else READ
+        owner = None
+        if not writable and not device and self.facts.caller.root and not self.may(fact, want):
+            owner = (fact.uid, fact.gid)
+        self.add(Bind(why, fact.real, writable, device, fact.inode, owner))
+
+    def legacy_to_chardev(self, need: "Need", number: int, why: str) -> None:
+        """Rewrite a character device in the old language to a -chardev of the same label, and `chardev:LABEL`.
+
+        QEMU gives such devices labels by their kind and order, and so does this, for query-chardev to stay the same.
+        """
+        legacy, member = need.legacy, need.member
+        if legacy is None or member is None:
+            return
+        label = self._label(need)
+        members = [f"{key}={value.replace(',', ',,')}" for key, value in legacy.members if key != "path"]
+        mux = ["mux=on"] if legacy.mux else []
+        self.words += ("-chardev", ",".join([legacy.backend, f"id={label}", f"fd={number}", *members, *mux]))
+        if legacy.mux:
+            self.words += ("-mon", f"chardev={label},mode=readline")
+        self.edits.append(replace(member, f"chardev:{label}", why))
+
+    def _label(self, need: "Need") -> str:
+        """Return the label that QEMU would give to an old style character device."""
+        kind = need.obj.kind
+        base = "compat_monitor" if kind in _MONITORS else kind
+        if base not in ("compat_monitor", "serial", "parallel"):
+            return base
+        same = _MONITORS if kind in _MONITORS else (kind,)
+        before = [obj for obj in self.objects if obj.kind in same and obj.option < need.obj.option and obj.get("value") != "none"]
+        return f"{base}{len(before)}"
+
+    def keep_fd(self, number: int, why: str, reopened: bool = False) -> None:
+        """Keep an fd of the caller under its number; one that is not open is QEMU's to complain about."""
+        if number > 2 and number in self.facts.caller.open_fds:
+            self.add(KeepFd(why, number, reopened))
+
+    def check(self, need: "Need", fact: "PathFact", want: int) -> bool:
+        """Refuse what does not exist or what the caller may not open; return whether it may."""
+        why = need.describe()
+        if fact.error is not None:
+            self.refuse(f"{why} {need.path}", fact.error)
+        elif fact.kind == ABSENT:
+            self.refuse(f"{why} {need.path}", "No such file or directory", missing_hint(need, self.facts.caller.cwd))
+        elif not self.caller_may(fact, want):
+            self.refuse(f"{why} {need.path}", "Permission denied", permission_hint(fact))
+        else:
+            return True
+        return False
+
+
+def is_shown(path: str) -> bool:
+    """Say whether every view shows a path already: processes, pseudo terminals, memory that is the VM's own."""
+    return any(is_below(path, shown) for shown in ("/proc", "/dev/pts", "/dev/fd")) or path == "/dev/shm"  # noqa: S108
+
+
+def missing_hint(need: "Need", cwd: str) -> "str | None":
+    """Say what a relative path is relative to."""
+    return None if need.path.startswith("/") else f"relative to {cwd}"
+
+
+def permission_hint(fact: "PathFact") -> str:
+    """Say whose the file is."""
+    return f"it belongs to {fact.uid}:{fact.gid} and has mode {fact.mode & 0o7777:04o}; be its owner, in its group, or change the mode"

@@ -1,0 +1,79 @@
+"""What a plan is made from besides the command line: values that host/ has looked up. Pure."""
+
+from qemu_userns.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+REGULAR, DIRECTORY, SOCKET, FIFO, BLOCK, CHARACTER, ABSENT = "file", "directory", "socket", "fifo", "block device", "device", "absent"
+
+
+class PathFact(Record):
+    """What a path leads to, as the caller sees it."""
+
+    given: str
+    real: str  # without symlinks; of an absent file, the real directory and the name
+    kind: str
+    links: "tuple[tuple[str, str], ...]" = ()  # symlinks on the way: real path and target
+    passed: "tuple[str, ...]" = ()  # real directories that a later ".." left again
+    mode: int = 0
+    uid: int = 0
+    gid: int = 0
+    inode: "tuple[int, int]" = (0, 0)
+    device: int = 0  # st_rdev
+    size_bytes: int = 0
+    error: "str | None" = None  # why the caller cannot walk to it or read it
+    readable: bool = False  # by the caller, as access(2) says
+    writable: bool = False
+    parent_writable: bool = False
+    xattrs: bool = True  # whether user.* attributes can be set (looked up for 9p shares only)
+    fd: "int | None" = None  # /dev/fd/N and /proc/self/fd/N: the number
+    locked: bool = False  # somebody holds a lock on the file (looked up for -pidfile only)
+
+
+class ImageFact(Record):
+    """A file that an image's header names."""
+
+    path: str  # resolved against the image that names it
+    format: str
+    role: str  # "backing", "data-file", "extent"
+    by: str  # path of the image that names it
+
+
+class Account(Record):
+    """A user of the host."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: "tuple[int, ...]"  # supplementary groups, as initgroups(3) sets them
+
+
+class Caller(Record):
+    """Who starts QEMU."""
+
+    account: Account
+    root: bool  # effective uid 0 with the capabilities that a root launch needs
+    cwd: str
+    home: "str | None"
+    umask: int
+    open_fds: "frozenset[int]"  # what the caller passed in, 0 to 2 included
+
+
+class Ranges(Record):
+    """Subordinate ids: (first outside id, count)."""
+
+    uid: "tuple[tuple[int, int], ...]" = ()
+    gid: "tuple[tuple[int, int], ...]" = ()
+
+
+class HostFacts(Record):
+    """Everything that was looked up once."""
+
+    caller: Caller
+    paths: "Mapping[str, PathFact]"  # by the path as given
+    images: "Mapping[str, tuple[ImageFact, ...]]"  # by the path of the operator's image
+    base: "tuple[PathFact, ...]"  # what every view holds, where it exists
+    environment: "Mapping[str, str]"
+    data_dirs: "tuple[str, ...]" = ()

@@ -1,0 +1,185 @@
+"""Grants: what the host gives to one VM. Pure; sandbox/, host/ and supervisor/ execute them.
+
+Each has `describe()`, one line for `explain` and the log, and `why`, the word of the command line that asked for it.
+"""
+
+from qemu_userns.record import Record
+
+READ = 4
+WRITE = 2
+
+
+class Grant(Record):
+    """Base of all grants."""
+
+    why: str
+
+    def describe(self) -> str:
+        """Say in one line what is given."""
+        raise NotImplementedError
+
+
+class Bind(Grant):
+    """A path of the host, visible in the view at the same path."""
+
+    path: str  # real path: no component is a symlink
+    writable: bool = False
+    device: bool = False
+    inode: "tuple[int, int] | None" = None  # (st_dev, st_ino) that was planned for; None: whatever is there
+    owner: "tuple[int, int] | None" = None  # its owner is shown as inside 0 by an idmapped mount
+
+    def describe(self) -> str:
+        """Say path and access."""
+        mapped = "" if self.owner is None else f", owner {self.owner[0]}:{self.owner[1]} shown as QEMU's"
+        return f"{self.path} ({'rw' if self.writable else 'ro'}{', device' if self.device else ''}{mapped})"
+
+
+class Node(Grant):
+    """A device node of the host that QEMU's id may not open: the same node, made anew for that id alone."""
+
+    path: str
+    device: int  # st_rdev
+    block: bool  # whether it is a block device
+
+    def describe(self) -> str:
+        """Say path and kind."""
+        return f"{self.path} ({'block' if self.block else 'character'} device, a node of QEMU's own)"
+
+
+class Link(Grant):
+    """A symlink in the view, as it is on the host."""
+
+    path: str
+    target: str
+
+    def describe(self) -> str:
+        """Say where it leads."""
+        return f"{self.path} -> {self.target}"
+
+
+class Private(Grant):
+    """An empty directory in the view that is the VM's alone."""
+
+    path: str
+    mode: int = 0o755
+    tmpfs: bool = True  # a writable file system in memory; else only a directory that the caller stood in
+
+    def describe(self) -> str:
+        """Say what kind."""
+        return f"{self.path} ({'private tmpfs' if self.tmpfs else 'empty directory'})"
+
+
+class Copy(Grant):
+    """A file in the view with contents of our own; the host's file of that path stays as it is."""
+
+    path: str
+    content: str
+
+    def describe(self) -> str:
+        """Say how much."""
+        return f"{self.path} (private copy, {len(self.content)} characters)"
+
+
+class Create(Grant):
+    """A file that QEMU shall create: made empty outside, given to QEMU's id, and visible at its path."""
+
+    path: str
+    mode: int
+    replace: bool = False  # a file that is there and not QEMU's gives way to a new one
+    temporary: bool = False  # removed when QEMU has ended, as QEMU itself would
+
+    def describe(self) -> str:
+        """Say path and fate."""
+        fate = ", removed at QEMU's end" if self.temporary else ""
+        return f"{self.path} (rw, created{', replacing what is there' if self.replace else ''}{fate})"
+
+
+class CreateDir(Grant):
+    """A directory of the VM's own below one of the host's, for what does not fit into memory, shown as that one."""
+
+    path: str
+
+    def describe(self) -> str:
+        """Say path and fate."""
+        return f"{self.path} (rw, a private directory below it, removed at QEMU's end)"
+
+
+class KeepFd(Grant):
+    """An fd that the caller passed in: kept under its number."""
+
+    number: int
+    reopened: bool = False  # named as a path (/dev/fd/N), so that QEMU opens it again
+
+    def describe(self) -> str:
+        """Say the number."""
+        return f"fd {self.number}: kept{', may be opened again' if self.reopened else ''}"
+
+
+class Reserved(Grant):
+    """An fd that the launcher itself opens for QEMU, under a number of the plan's."""
+
+    what: str  # "lease", "supervisor", "ptmx", or "config N"
+    number: int
+    content: "str | None" = None  # of "config N"
+
+    def describe(self) -> str:
+        """Say what it is."""
+        return f"fd {self.number}: {self.why}"
+
+
+class OpenFd(Grant):
+    """A file opened outside with the caller's rights and passed to QEMU in an fdset."""
+
+    path: str
+    flags: int
+    number: int
+    fdset: int
+    inode: "tuple[int, int]"
+
+    def describe(self) -> str:
+        """Say what it is open on."""
+        access = ("read-only", "write-only", "read-write")[self.flags & 3]
+        return f"fd {self.number}: {self.path}, {access}, in /dev/fdset/{self.fdset}"
+
+
+class Listen(Grant):
+    """A listening unix socket bound outside at the caller's path, passed by number."""
+
+    path: str
+    number: int
+
+    def describe(self) -> str:
+        """Say path and number."""
+        return f"fd {self.number}: listens on {self.path}, removed at QEMU's end"
+
+
+class Connect(Grant):
+    """A unix socket connected outside, passed by number."""
+
+    path: str
+    number: int
+
+    def describe(self) -> str:
+        """Say path and number."""
+        return f"fd {self.number}: connected to {self.path}"
+
+
+class Consume(Grant):
+    """An option that this program carries out itself; QEMU never sees it."""
+
+    what: str
+
+    def describe(self) -> str:
+        """Say what happens instead."""
+        return self.what
+
+
+class Refuse(Grant):
+    """What cannot work or would break the sandbox; `why` names the word, nothing is touched."""
+
+    reason: str
+    hint: "str | None" = None
+
+    def describe(self) -> str:
+        """Say the reason."""
+        return self.reason

@@ -1,0 +1,290 @@
+"""How each way of the catalogue becomes grants: one function per way. Pure.
+
+Path first: a file that QEMU may open with its own rights is shown at its path. Only what cannot work that way becomes an fd.
+"""
+
+from qemu_userns.catalogue import ways
+from qemu_userns.cmdline.source import append, drop, remove
+from qemu_userns.plan import images
+from qemu_userns.plan.base import KVM
+from qemu_userns.plan.draft import SEARCH
+from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, DIRECTORY, REGULAR, SOCKET
+from qemu_userns.plan.grants import READ, WRITE, Connect, Consume, Create, Listen, Node
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qemu_userns.catalogue.needs import Need
+    from qemu_userns.cmdline.objects import CommandLine
+    from qemu_userns.plan.draft import Draft
+    from qemu_userns.plan.facts import PathFact
+
+    Handover = Callable[[Draft, Need, CommandLine], None]
+
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID = 0, 1, 3, 4
+# What -fsdev local needs to act for every guest user; all of them reach no further than the mapped ids.
+PASSTHROUGH_CAPABILITIES = frozenset((CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID))
+
+
+def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Add what one need takes."""
+    if need.way in _PATH_WAYS:
+        fact = draft.path(need.path)
+        if fact.fd is not None:
+            draft.keep_fd(fact.fd, need.describe(), reopened=True)
+            return
+    _HANDOVERS[need.way](draft, need, commandline)
+
+
+def _read(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    fact = draft.path(need.path)
+    if draft.check(need, fact, READ):
+        draft.bind(fact, False, need.describe())
+
+
+def _read_modules(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Show an initrd, or the modules of a multiboot kernel, each with arguments after a blank."""
+    if draft.path(need.path).kind != ABSENT or "," not in need.path and " " not in need.path:
+        _read(draft, need, commandline)
+        return
+    for module in need.path.split(","):
+        _read(draft, need.replace(path=module.partition(" ")[0]), commandline)
+
+
+def _firmware(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    """Show a file that is there; any other name QEMU looks for in its data directories, which are shown anyway."""
+    fact = draft.path(need.path)
+    if fact.error is None and fact.kind == REGULAR and fact.readable:
+        draft.bind(fact, False, need.describe())
+
+
+def _directory(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    fact = draft.path(need.path)
+    if need.obj.kind == "L" and (need.path == "help" or fact.kind == ABSENT):
+        return
+    if draft.check(need, fact, READ):
+        draft.bind(fact, False, need.describe())
+
+
+def _write_directory(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    fact = draft.path(need.path)
+    if draft.check(need, fact, READ):
+        draft.bind(fact, True, need.describe())
+
+
+def _made(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    """Show the directory in which QEMU makes a socket or symlink itself."""
+    directory = need.path.rpartition("/")[0] or ("/" if need.path.startswith("/") else ".")
+    fact = draft.path(directory)
+    if draft.check(need.replace(path=directory), fact, READ | WRITE):
+        if not draft.may(fact, READ | WRITE | SEARCH):
+            draft.refuse(f"{need.describe()} {need.path}", f"QEMU's id {draft.identity.uid} may not make it there", "use a directory of that id")
+            return
+        draft.bind(fact, True, need.describe())
+
+
+def _write(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Show a file that QEMU creates or truncates, made beforehand where it is not there."""
+    fact = draft.path(need.path)
+    why = need.describe()
+    if need.obj.kind == "D" and "%d" in need.path:  # QEMU's pid is not known before it runs, with -daemonize not even then
+        _made(draft, need, commandline)
+    elif fact.error is not None:
+        draft.refuse(f"{why} {need.path}", fact.error)
+    elif fact.kind == DIRECTORY:
+        draft.refuse(f"{why} {need.path}", "Is a directory")
+    elif fact.kind not in (ABSENT, REGULAR):
+        _device(draft, need, commandline)
+    elif fact.kind == REGULAR and (draft.may(fact, WRITE) or fact.locked):
+        if need.way == ways.PIDFILE and not fact.locked:
+            draft.way_to(fact, why)
+            draft.add(Create(why, fact.real, 0o600, temporary=True))
+        else:
+            draft.bind(fact, True, why)
+    elif not (fact.parent_writable if fact.kind == ABSENT else fact.writable and fact.parent_writable):
+        draft.refuse(f"{why} {need.path}", "Permission denied", "the caller may not create it there")
+    elif need.way == ways.APPEND and fact.kind == REGULAR:
+        draft.refuse(f"{why} {need.path}", f"QEMU's id {draft.identity.uid} may not write it", "make it that id's, or start with a new file")
+    else:
+        draft.way_to(fact, why)
+        pidfile = need.way == ways.PIDFILE
+        mode = 0o600 if pidfile else 0o666 & ~draft.facts.caller.umask
+        temporary = pidfile or need.way == ways.MEMORY
+        draft.add(Create(why, fact.real, mode, fact.kind == REGULAR, temporary))
+
+
+def _memory(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Show a file that backs memory, or the directory (hugetlbfs) in which QEMU makes an unnamed one."""
+    fact = draft.path(need.path)
+    if fact.kind == DIRECTORY:
+        if draft.check(need, fact, READ | WRITE):
+            draft.bind(fact, True, need.describe())
+    else:
+        _write(draft, need, commandline)
+
+
+def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    """Show the root of a 9p share, and keep the capabilities that its security model takes."""
+    fact = draft.path(need.path)
+    why = f"{need.describe()} {need.path}"
+    model = need.obj.get("security_model") or ""
+    readonly = need.obj.get("readonly") == "on"
+    if not draft.check(need, fact, READ):
+        return
+    if fact.kind != DIRECTORY:
+        draft.refuse(why, f"it is a {fact.kind}, and a share is a directory", "name the directory that holds it")
+        return
+    if model in ("mapped", "mapped-xattr") and not readonly and not fact.xattrs:
+        draft.refuse(
+            why, f"its file system has no user.* attributes, which security_model={model} keeps ids and modes in", "use security_model=mapped-file"
+        )
+        return
+    if model == "passthrough":
+        draft.capabilities |= PASSTHROUGH_CAPABILITIES
+    if fact.real == "/":
+        draft.whole_host = True
+        draft.warnings.append(f"{why}: the share is the whole host tree, so QEMU sees all of it")
+        return
+    draft.bind(fact, not readonly, need.describe())
+    if not readonly and not draft.may(fact, WRITE | SEARCH):
+        draft.warnings.append(f"{why}: belongs to {fact.uid}:{fact.gid}; QEMU is {draft.identity.uid}:{draft.identity.gid} and can only read it")
+
+
+def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Listen outside and pass the socket, or show the one that QEMU connects to."""
+    if _is_server(need):
+        if _must_keep_path(need, commandline):
+            _made(draft, need, commandline)
+        else:
+            _listen(draft, need)
+        return
+    fact = draft.path(need.path)
+    if _reconnects(need):  # its server may make it later, or anew
+        directory = draft.path(need.path.rpartition("/")[0] or ("/" if need.path.startswith("/") else "."))
+        if draft.check(need.replace(path=directory.given), directory, READ):
+            draft.bind(directory, False, need.describe())
+    elif fact.kind == SOCKET and not draft.may(fact, WRITE) and draft.facts.caller.root and need.obj.kind == "chardev":
+        number = draft.next_fd()
+        draft.add(Connect(need.describe(), fact.real, number))
+        _replace_path_by_fd(draft, need, number)
+    elif fact.kind == SOCKET:
+        draft.bind(fact, True, need.describe())
+    elif fact.error is None and fact.kind == ABSENT:
+        draft.way_to(fact, need.describe())  # QEMU says that nobody is there
+
+
+def _listen(draft: "Draft", need: "Need") -> None:
+    """Have a socket bound outside at the caller's path."""
+    fact = draft.path(need.path)
+    if fact.error is not None or not fact.parent_writable:
+        draft.refuse(f"{need.describe()} {need.path}", fact.error or "Permission denied", "the caller cannot make a socket there")
+        return
+    number = draft.next_fd()
+    draft.add(Listen(need.describe(), fact.real, number))
+    _replace_path_by_fd(draft, need, number)
+
+
+def _replace_path_by_fd(draft: "Draft", need: "Need", number: int) -> None:
+    """Rewrite a chardev from `path=` to `fd=`, one in the old language to -chardev and its id."""
+    why = f"{need.path} is made outside and passed as fd {number}"
+    if need.legacy is None:
+        if need.member is not None:
+            draft.edits += (remove(need.obj, need.member, why), append(need.obj, "fd", str(number), why))
+    else:
+        draft.legacy_to_chardev(need, number, why)
+
+
+def _is_server(need: "Need") -> bool:
+    return _chardev_value(need, "server") == "on"
+
+
+def _reconnects(need: "Need") -> bool:
+    return any(_chardev_value(need, key) not in ("", "0") for key in ("reconnect", "reconnect-ms"))
+
+
+def _chardev_value(need: "Need", key: str) -> str:
+    """Return a member of the chardev that a need stands for."""
+    if need.legacy is not None:
+        return dict(need.legacy.members).get(key, "")
+    return need.obj.get(key) or ""
+
+
+def _must_keep_path(need: "Need", commandline: "CommandLine") -> bool:
+    """Say whether the chardev has to make its socket itself: vhost-user network backends refuse one with fd=."""
+    return need.obj.kind != "chardev" and need.legacy is None or any(
+        obj.kind == "netdev" and obj.get("type") == "vhost-user" and obj.get("chardev") == need.obj.id for obj in commandline.objects
+    )
+
+
+def _pipe(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    ends = [path for path in (f"{need.path}.in", f"{need.path}.out") if draft.path(path).kind != ABSENT]
+    for path in ends or [need.path]:
+        _device(draft, need.replace(path=path), commandline)
+
+
+def _device(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    """Show a device node or FIFO; one that only root may open is made anew for QEMU's id."""
+    fact = draft.path(need.path)
+    if not draft.check(need, fact, READ if need.obj.kind == "object" else WRITE):
+        return
+    if draft.facts.caller.root and fact.kind in (CHARACTER, BLOCK) and not draft.may(fact, READ | WRITE):
+        draft.way_to(fact, need.describe())
+        draft.add(Node(need.describe(), fact.real, fact.device, fact.kind == BLOCK))
+    else:
+        draft.bind(fact, True, need.describe(), device=fact.kind in (CHARACTER, BLOCK))
+
+
+def _kvm(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Show /dev/kvm as the caller would open it; where it is missing QEMU says so, or goes on to the next accelerator."""
+    fact = draft.path(KVM)
+    if fact.kind == CHARACTER and draft.caller_may(fact, READ | WRITE):
+        _device(draft, need.replace(path=KVM), commandline)
+
+
+def _fd(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    if need.path.isdecimal():
+        draft.keep_fd(int(need.path), need.describe())
+
+
+def _config(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Show the copy that build_plan makes; nothing else is needed of the file."""
+    draft.check(need, draft.path(need.path), READ)
+
+
+def _consume(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Take an option out."""
+    draft.add(Consume(need.describe(), need.row.reason))
+    if need.member is None or need.member.form == "word" or len(need.obj.members) == 1:
+        draft.edits.append(drop(commandline.options[need.obj.option], need.row.reason))
+    else:
+        draft.edits.append(remove(need.obj, need.member, need.row.reason))
+
+
+def _refuse(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    draft.refuse(need.describe(), need.row.reason, need.row.hint or None)
+
+
+_HANDOVERS: "dict[str, Handover]" = {
+    ways.READ: _read,
+    ways.READ_MODULES: _read_modules,
+    ways.FIRMWARE: _firmware,
+    ways.DIRECTORY: _directory,
+    ways.WRITE_DIRECTORY: _write_directory,
+    ways.MADE: _made,
+    ways.WRITE: _write,
+    ways.APPEND: _write,
+    ways.PIDFILE: _write,
+    ways.MEMORY: _memory,
+    ways.IMAGE: images.hand_over,
+    ways.SHARE: _share,
+    ways.SOCKET: _socket,
+    ways.PIPE: _pipe,
+    ways.DEVICE: _device,
+    ways.FD: _fd,
+    ways.CONFIG: _config,
+    ways.KVM: _kvm,
+    ways.CONSUME: _consume,
+    ways.REFUSE: _refuse,
+}
+_PATH_WAYS = frozenset(_HANDOVERS) - {ways.FD, ways.KVM, ways.CONSUME, ways.REFUSE, ways.CONFIG}

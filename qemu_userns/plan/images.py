@@ -1,0 +1,109 @@
+"""Hand over what the block layer opens. Pure."""
+
+from qemu_userns.cmdline.source import append, replace
+from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, REGULAR
+from qemu_userns.plan.grants import READ, WRITE, Node, OpenFd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.catalogue.needs import Need
+    from qemu_userns.cmdline.objects import CommandLine
+    from qemu_userns.plan.draft import Draft
+    from qemu_userns.plan.facts import PathFact
+
+_O_RDONLY, _O_RDWR = 0, 2
+
+
+def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Show an image and the files that its header names, or pass it in an fdset where its path cannot work.
+
+    What only a header names is shown with QEMU's own rights and never opened with the caller's: headers are the guest's.
+    """
+    fact = draft.path(need.path)
+    why = need.describe()
+    if fact.error is not None or fact.kind == ABSENT:
+        draft.way_to(fact, why)  # QEMU says so itself, in the words that scripts look for
+        return
+    if not fact.readable:
+        draft.check(need, fact, READ)
+        return
+    writable = _is_written(need, commandline) and fact.writable
+    if draft.may(fact, READ | WRITE if writable else READ):
+        draft.bind(fact, writable, why, device=fact.kind in (BLOCK, CHARACTER))
+    elif fact.kind in (BLOCK, CHARACTER):
+        draft.way_to(fact, why)
+        draft.add(Node(why, fact.real, fact.device, fact.kind == BLOCK))
+    elif not writable:
+        draft.bind(fact, False, why)
+    else:
+        _pass_in_fdset(draft, need, fact)
+    for image in draft.facts.images.get(need.path, ()):
+        other = draft.path(image.path)
+        if other.kind in (REGULAR, BLOCK) and draft.may(other, READ):
+            # An external data file holds the image's own data; a backing file is written by commit only.
+            writable_too = (image.role != "backing" and writable) or (other.writable and draft.may(other, READ | WRITE) and writable)
+            draft.bind(other, writable_too, f"{image.role} of {need.path}", device=other.kind == BLOCK)
+        elif other.kind in (REGULAR, BLOCK):
+            draft.warnings.append(
+                f"{image.path}: named by the header of {image.by} only, and QEMU's id {draft.identity.uid} may not read it; "
+                "name it on the command line (backing.file.filename=) to have it opened with the caller's rights"
+            )
+
+
+def _is_written(need: "Need", commandline: "CommandLine") -> bool:
+    """Say whether QEMU opens an image read-write."""
+    obj = need.obj
+    if obj.kind == "cdrom" or obj.get("media") == "cdrom" or obj.get("snapshot") == "on":
+        return False
+    key = "" if need.member is None else need.member.key
+    if key.startswith("backing.") or ".backing." in key:
+        return False
+    prefix = key.rpartition(".")[0]
+    if obj.get(f"{prefix}.read-only" if prefix else "read-only") == "on":
+        return False
+    if obj.get("read-only") == "on" or obj.get("readonly") == "on":
+        return False
+    return not any(option.name == "snapshot" for option in commandline.options)
+
+
+def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact") -> None:
+    """Open an image outside, read-only and read-write, and name the fdset instead of the path.
+
+    Both modes, because QEMU opens images read-only first and takes an fd only when its access mode is the same.
+    """
+    relative = [image for image in draft.facts.images.get(need.path, ()) if image.role == "backing"][:1]
+    why = f"QEMU's id {draft.identity.uid} may not write {need.path}, so it is opened outside"
+    fdset = draft.next_fdset()
+    name = f"/dev/fdset/{fdset}"
+    for flags in (_O_RDONLY, _O_RDWR):
+        number = draft.next_fd()
+        draft.add(OpenFd(need.describe(), fact.real, flags, number, fdset, fact.inode))
+        draft.words += ("-add-fd", f"fd={number},set={fdset},opaque={need.path.replace(',', ',,')}")
+    if need.member is None:
+        return
+    part = need.part
+    value = name
+    if part is not None:
+        text = f'"{name}"' if part.in_json else name
+        value = need.member.value[: part.start] + text + need.member.value[part.end :]
+    draft.edits.append(replace(need.member, value, why))
+    if relative:
+        _name_backing(draft, need, relative[0].path, relative[0].format)
+
+
+def _name_backing(draft: "Draft", need: "Need", path: str, image_format: str) -> None:
+    """Name the backing file of an image in an fdset: its header's name would be looked for beside /dev/fdset/N."""
+    member = need.member
+    if member is None or member.form == "word" or need.obj.get("backing.file.filename") or need.obj.get("backing"):
+        if member is not None and member.form == "word":
+            draft.refuse(
+                f"{need.describe()} {need.path}",
+                f"it has a backing file, and QEMU's id {draft.identity.uid} may not write it",
+                "use -drive file=..., which can name the backing file too, or -run-with user= with its owner",
+            )
+        return
+    prefix = member.key.rpartition("file.filename")[0] if member.key.endswith("file.filename") else ""
+    why = f"the backing file of {need.path}, which its fdset cannot lead to"
+    draft.edits.append(append(need.obj, f"{prefix}backing.driver", image_format or "raw", why))
+    draft.edits.append(append(need.obj, f"{prefix}backing.file.driver", "file", why))
+    draft.edits.append(append(need.obj, f"{prefix}backing.file.filename", path, why))

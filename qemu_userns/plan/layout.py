@@ -1,0 +1,64 @@
+"""The view's layout: which grants become mounts, in which order, without what another one shows already. Pure."""
+
+from qemu_userns.plan.grants import Bind, Copy, Create, CreateDir, Grant, Link, Node, Private
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    Placed = Bind | Copy | Create | CreateDir | Link | Node | Private
+
+
+def build_layout(grants: "Iterable[Grant]") -> "tuple[Placed, ...]":
+    """Order the grants that have a place in the view so that a parent comes before what lies in it.
+
+    Left out is what a bind above it shows already with the same access: a symlink of the host, the caller's working
+    directory, a file below a directory that is bound. Of two grants at one path the one that gives more stays.
+    """
+    placed: "dict[str, Placed]" = {}
+    for grant in grants:
+        if isinstance(grant, Bind | Copy | Create | CreateDir | Link | Node | Private):
+            other = placed.get(grant.path)
+            placed[grant.path] = grant if other is None else _stronger(other, grant)
+    layout: "list[Placed]" = []
+    above: "list[Placed]" = []  # the chain of grants whose paths are prefixes of the current one
+    for path in sorted(placed, key=lambda path: path.split("/")):
+        grant = placed[path]
+        while above and not is_below(path, above[-1].path):
+            above.pop()
+        if above and _shown_by(grant, above[-1]):
+            continue
+        layout.append(grant)
+        if not isinstance(grant, Link):
+            above.append(grant)
+    return tuple(layout)
+
+
+def is_below(path: str, directory: str) -> bool:
+    """Say whether a normal path lies below a directory (or is it)."""
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def _stronger(first: "Placed", second: "Placed") -> "Placed":
+    """Return the one of two grants of a path that gives more, so that both readers are served."""
+    if isinstance(first, Bind) and isinstance(second, Bind):
+        return first.replace(
+            writable=first.writable or second.writable,
+            why=first.why if first.why == second.why else f"{first.why}, {second.why}",
+            owner=first.owner if first.owner is not None else second.owner,
+        )
+    strength = (Link, Private, Bind, CreateDir, Copy, Node, Create)
+    return max(first, second, key=lambda grant: strength.index(type(grant)))
+
+
+def _shown_by(grant: "Placed", above: "Placed") -> bool:
+    """Say whether a grant adds nothing to the one above it."""
+    if isinstance(above, Private | Copy | Create | Node):
+        return False
+    if isinstance(grant, Link):
+        return True
+    if isinstance(grant, Private):
+        return not grant.tmpfs
+    if isinstance(grant, Bind) and isinstance(above, Bind) and not grant.device:
+        return grant.owner == above.owner and (above.writable or not grant.writable)
+    return False

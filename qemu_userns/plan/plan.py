@@ -1,0 +1,38 @@
+"""The plan of a launch, a value: what `explain` prints and launch.py carries out."""
+
+from qemu_userns.plan.grants import Grant
+from qemu_userns.plan.identity import Identity
+from qemu_userns.record import Record
+
+
+class Rewrite(Record):
+    """One word of QEMU's command line, or one file that it names, before and after."""
+
+    where: str
+    before: str
+    after: str
+    why: str
+
+
+class Confinement(Record):
+    """What QEMU may do once it runs."""
+
+    capabilities: "frozenset[int]"  # kept inside the namespace; none of them reaches outside it
+    scoped: int  # Landlock scopes
+    require_landlock: bool
+    sandbox: "str | None"  # value of the -sandbox option that is added, None when the command line says its own or the build lacks it
+
+
+class Plan(Record):
+    """Everything a launch does, decided."""
+
+    program: str  # path of the real QEMU
+    words: "tuple[str, ...]"  # its arguments, argv[0] included
+    cwd: str
+    identity: Identity
+    whole_host: bool  # fs=host: the view is the host's whole tree
+    grants: "tuple[Grant, ...]"
+    rewrites: "tuple[Rewrite, ...]"
+    unknown: "tuple[str, ...]"  # options that no table knows, passed through
+    confinement: Confinement
+    warnings: "tuple[str, ...]" = ()

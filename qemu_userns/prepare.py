@@ -1,0 +1,124 @@
+"""Read a command line and the host, and build the plan: what both `run` and `explain` start with."""
+
+import os
+
+from qemu_userns.catalogue.needs import find_needs
+from qemu_userns.cmdline.objects import find_readconfigs, parse
+from qemu_userns.cmdline.table import BUILTIN
+from qemu_userns.errors import ResourceError
+from qemu_userns.host.accounts import find_account, look_at_caller
+from qemu_userns.host.cache import cache_dir
+from qemu_userns.host.config import config_paths, configured_qemu, load_config, parse_userns_option
+from qemu_userns.host.facts import look_at_host
+from qemu_userns.host.identity import find_identity
+from qemu_userns.host.paths import find_fd
+from qemu_userns.host.qemu import find_qemu, probe_qemu
+from qemu_userns.plan.build import Program, Settings, build_plan
+from qemu_userns.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qemu_userns.cmdline.objects import CommandLine
+    from qemu_userns.host.config import Config
+    from qemu_userns.host.leases import Lease
+    from qemu_userns.host.qemu import QemuFacts
+    from qemu_userns.plan.facts import Account
+    from qemu_userns.plan.plan import Plan
+
+_CONFIG_MAX_BYTES = 16 << 20
+
+
+class Request(Record):
+    """What somebody asks for: QEMU's command line, and our own options beside it."""
+
+    argv: "tuple[str, ...]"  # QEMU's, argv[0] included
+    environ: "Mapping[str, str]"
+    invoked: "str | None" = None  # the drop-in entry that was started
+    settings: "tuple[tuple[str, str], ...]" = ()  # our own options, as key and value
+    preview: bool = False  # nothing is leased
+
+
+class Prepared(Record):
+    """A plan, and what it holds already."""
+
+    plan: "Plan"
+    lease: "Lease | None"  # its fd is owned
+
+
+def find_program(request: Request, config: "Config") -> str:
+    """Return the path of the real QEMU."""
+    name = os.path.basename(request.argv[0])
+    wanted = request.argv[0] if request.invoked is None and "/" in request.argv[0] else name
+    return find_qemu(wanted, request.environ.get("PATH", os.defpath), request.invoked, configured_qemu(config, name))
+
+
+def read_settings(request: Request) -> "Config":
+    """Return the configuration files' settings, overridden by the request's own."""
+    files = load_config(config_paths(request.environ), cache_dir(request.environ, os.geteuid()))
+    return parse_userns_option(request.settings, files, "qemu-userns run")
+
+
+def prepare(request: Request, config: "Config") -> Prepared:
+    """Build the plan.
+
+    Should: run with the caller's rights.
+    Must not: change anything on the host but take a lease, and not even that for a preview.
+
+    Raises:
+        QemuUsernsError: any of its kinds, for what is wrong with the request, the command line or the host.
+    """
+    qemu = probe_qemu(find_program(request, config), cache_dir(request.environ, os.geteuid()))
+    caller = look_at_caller(request.environ)
+    commandline = read_commandline(request.argv[1:], qemu)
+    for obj in commandline.objects:
+        if obj.kind == "userns":
+            config = parse_userns_option([(member.key, member.value) for member in obj.members], config)
+    needs = find_needs(commandline.objects)
+    identity, lease = find_identity(caller, _find_user(commandline), config, _preferred(commandline), request.preview)
+    extra_dirs = tuple(qemu.library_dirs) + tuple(request.environ.get("QEMU_MODULE_DIR", "").split())
+    program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
+    facts = look_at_host(needs, caller, identity, request.environ, qemu.path, extra_dirs)
+    settings = Settings(config.fs == "host", config.sandbox, "landlock" in config.require)
+    plan = build_plan(request.argv[0], commandline, needs, facts, identity, program, settings, lease is not None)
+    return Prepared(plan, lease)
+
+
+def read_commandline(words: "tuple[str, ...]", qemu: "QemuFacts") -> "CommandLine":
+    """Parse the words of a command line and the -readconfig files that they name.
+
+    Raises:
+        ResourceError: such a file cannot be read.
+        CommandLineError: such a file is malformed.
+    """
+    table = BUILTIN.with_learned(dict(qemu.options))
+    configs = {index: _read_config(path) for index, path in find_readconfigs(words, table)}
+    return parse(words, table, configs)
+
+
+def _read_config(path: str) -> str:
+    """Read a -readconfig file with the caller's rights, or an fd that the caller passed, whose content QEMU gets as a copy."""
+    number = find_fd(path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if number is None else os.dup(number)
+        with os.fdopen(fd, "rb") as file:
+            return os.fsdecode(file.read(_CONFIG_MAX_BYTES))
+    except OSError as err:
+        raise ResourceError(f"-readconfig {path}", err.strerror or str(err)) from err
+
+
+def _find_user(commandline: "CommandLine") -> "Account | None":
+    """Return the user that -runas or -run-with user= names; the last one counts."""
+    user = None
+    for obj in commandline.objects:
+        text = obj.get("value") if obj.kind == "runas" else obj.get("user") if obj.kind == "run-with" else None
+        if text:
+            user = find_account(text)
+    return user
+
+
+def _preferred(commandline: "CommandLine") -> str:
+    """Return what names the VM: its uuid, else its name."""
+    found = {obj.kind: obj.get("value") or obj.get("guest") or "" for obj in commandline.objects if obj.kind in ("uuid", "name")}
+    return found.get("uuid") or found.get("name") or ""

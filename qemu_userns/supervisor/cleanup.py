@@ -1,0 +1,36 @@
+"""Take back what a launch left on the host."""
+
+import os
+import time
+
+from qemu_userns.errors import HostError
+from qemu_userns.host.identity import RUN_DIR
+from qemu_userns.host.leases import sweep_leases
+from qemu_userns.host.leftovers import remove
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from qemu_userns.host.leftovers import Leftover
+
+_SWEEPS, _PAUSE_S = 10, 0.02
+
+
+def clean_up(leftovers: "Iterable[Leftover]", leased: bool) -> None:
+    """Remove the files, and the lease's file once its last holder is gone.
+
+    The pipe's end and the lock's end are two fds of one dying process, and either may be seen first: hence a few tries. A lease
+    file that stays all the same is unlocked, so free, and the next launch takes or sweeps it.
+    """
+    remove(leftovers)
+    if not leased:
+        return
+    for _ in range(_SWEEPS):
+        try:
+            sweep_leases(RUN_DIR)
+            if not os.listdir(f"{RUN_DIR}/leases"):
+                return
+        except (HostError, OSError):
+            return
+        time.sleep(_PAUSE_S)

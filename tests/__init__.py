@@ -1,0 +1,1 @@
+"""Tests that need no guest; each finishes in moments."""

@@ -1,0 +1,206 @@
+"""The settings."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qemu_userns.errors import UsageError
+from qemu_userns.host.config import Config, config_paths, configured_qemu, load_config, parse_userns_option
+from qemu_userns.host.subids import IdMapEntry, IdRange
+
+WHOLE = """
+fs = "host"
+identity = "lease"
+pool = "600000-799999"
+idmap = ["both 1000 1000", "uid 5 2000\\ngid 6 2001"]
+sandbox = "on,spawn=allow"
+require = ["landlock"]
+off = true
+[qemu]
+qemu-system-x86_64 = "/opt/qemu/bin/qemu-system-x86_64"
+"""
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    return str(path)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "config.toml"
+
+
+def test_whole(file: Path) -> None:
+    assert load_config([write(file, WHOLE)], None) == Config(
+        qemu=(("qemu-system-x86_64", "/opt/qemu/bin/qemu-system-x86_64"),),
+        fs="host",
+        identity="lease",
+        pool=IdRange(600000, 200000),
+        idmap=(IdMapEntry("both", 1000, 1000, 1), IdMapEntry("uid", 2000, 5, 1), IdMapEntry("gid", 2001, 6, 1)),
+        sandbox="on,spawn=allow",
+        require=("landlock",),
+        off=True,
+    )
+
+
+def test_absent_files_say_nothing(tmp_path: Path) -> None:
+    assert load_config([f"{tmp_path}/a", f"{tmp_path}/a/b"], None) == Config()
+
+
+def test_the_later_file_has_the_last_word(tmp_path: Path) -> None:
+    first = write(tmp_path / "1", 'fs = "host"\nrequire = ["landlock"]\n[qemu]\na = "/a"\nb = "/b"\n')
+    second = write(tmp_path / "2", 'fs = "view"\nrequire = []\nidentity = "caller"\n[qemu]\nb = "/c"\n')
+    assert load_config([first, second], None) == Config(qemu=(("a", "/a"), ("b", "/c")), identity="caller")
+
+
+def test_the_cache_saves_parsing(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = f"{tmp_path}/cache"
+    first = load_config([write(file, WHOLE)], cache)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tomllib", None)  # an import would fail
+        assert load_config([str(file)], cache) == first
+    os.utime(file, (1_700_000_001, 1_700_000_001))
+    write(file, 'fs = "view"')
+    assert load_config([str(file)], cache) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "why"),
+    [
+        ('colour = "red"', "colour", "no such setting"),
+        ('"qemu.x" = "/x"', "qemu.x", "no such setting"),
+        ("fs = 1", "fs", "is not a str"),
+        ('fs = "all"', "fs", "not a choice"),
+        ('identity = "root"', "identity", "not a choice"),
+        ('pool = "5"', "pool", "not a range"),
+        ('pool = "0-99999"', "pool", "not a range"),
+        ('pool = "900000-600000"', "pool", "not a range"),
+        ('idmap = "both 1 1"', "idmap", "is not a list"),
+        ("idmap = [1]", "idmap", "is not a str"),
+        ('idmap = ["both 0 0"]', "idmap", "host root"),
+        ('sandbox = "maybe"', "sandbox", "no value for -sandbox"),
+        ('sandbox = ""', "sandbox", "no value for -sandbox"),
+        ('require = ["selinux"]', "require", "not a choice"),
+        ("off = 1", "off", "is not a bool"),
+        ('qemu = "bin"', "qemu", "not an absolute path"),
+        ("qemu = 1", "qemu", "is not a str"),
+        ('[qemu]\na = "b"', "qemu.a", "not an absolute path"),
+        ("[qemu.a]\nb = 1", "qemu.a", "is not a str"),
+    ],
+)
+def test_the_wrong_key_is_named(file: Path, text: str, key: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why) as caught:
+        load_config([write(file, text)], None)
+    assert caught.value.what == f"{file}: {key}"
+    assert caught.value.hint
+
+
+def test_no_toml(file: Path) -> None:
+    for data in (b"fs =", b"\xff"):
+        file.write_bytes(data)
+        with pytest.raises(UsageError, match="is not TOML"):
+            load_config([str(file)], None)
+
+
+def test_file_that_everybody_may_write(file: Path) -> None:
+    write(file, "")
+    file.chmod(0o646)
+    with pytest.raises(UsageError, match="everybody may write it"):
+        load_config([str(file)], None)
+
+
+def test_file_of_somebody_else(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(file, "")
+    if os.geteuid() == 0:
+        os.chown(file, 1000, 1000)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4_000_000_000)
+    with pytest.raises(UsageError, match="belongs to uid"):
+        load_config([str(file)], None)
+
+
+def test_no_regular_file(file: Path, tmp_path: Path) -> None:
+    os.mkfifo(file)
+    for path in (file, tmp_path):
+        with pytest.raises(UsageError, match="not a regular file"):
+            load_config([str(path)], None)
+
+
+def test_huge_file(file: Path) -> None:
+    with pytest.raises(UsageError, match="larger than"):
+        load_config([write(file, "#" * (1 << 20))], None)
+
+
+def test_linked_dotfiles_work(file: Path, tmp_path: Path) -> None:
+    write(tmp_path / "real", 'fs = "host"')
+    file.symlink_to("real")
+    assert load_config([str(file)], None).fs == "host"
+
+
+def test_options_override(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Config(qemu=(("a", "/a"),), fs="host", require=("landlock",))
+    pairs = [("fs", "host"), ("fs", "view"), ("idmap", "both 1 1"), ("idmap", "both 2 2"), ("off", ""), ("qemu", "build/qemu")]
+    assert parse_userns_option(pairs, config) == Config(
+        qemu=(("a", "/a"), ("", f"{tmp_path}/build/qemu")),
+        idmap=(IdMapEntry("both", 1, 1, 1), IdMapEntry("both", 2, 2, 1)),
+        require=("landlock",),
+        off=True,
+    )
+    assert parse_userns_option([], config) == config
+    assert parse_userns_option([("qemu.b", "/b")], config).qemu == (("a", "/a"), ("b", "/b"))
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("on", True), ("yes", True), ("true", True), ("off", False), ("no", False), ("false", False)]
+)
+def test_switch(word: str, value: bool) -> None:
+    assert parse_userns_option([("off", word)], Config()).off is value
+
+
+def test_wrong_option_is_named() -> None:
+    for pair in (("colour", "red"), ("fs", "all"), ("off", "maybe"), ("qemu", "")):
+        with pytest.raises(UsageError) as caught:
+            parse_userns_option([pair], Config(), "run")
+        assert caught.value.what == f"run: {pair[0]}"
+
+
+def test_configured_qemu() -> None:
+    config = Config(qemu=(("a", "/a"), ("", "/dir")))
+    assert configured_qemu(config, "a") == "/a"
+    assert configured_qemu(config, "b") == "/dir"
+    assert configured_qemu(Config(), "b") is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "user"),
+    [
+        ({"HOME": "/h"}, ["/h/.config/qemu-userns/config.toml"]),
+        ({"HOME": "/h", "XDG_CONFIG_HOME": "/x"}, ["/x/qemu-userns/config.toml"]),
+        ({"HOME": "/h", "XDG_CONFIG_HOME": "x"}, ["/h/.config/qemu-userns/config.toml"]),
+        ({}, []),
+    ],
+)
+def test_paths(environ: "dict[str, str]", user: "list[str]") -> None:
+    assert list(config_paths(environ)) == ["/etc/qemu-userns/config.toml", *user]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.text(st.characters(codec="utf-8")))
+def test_any_file_is_parsed_or_refused(file: Path, text: str) -> None:
+    file.write_bytes(text.encode())
+    with contextlib.suppress(UsageError):
+        load_config([str(file)], None)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["fs", "pool", "idmap", "sandbox", "off", "qemu", "require", "x"]), st.text())))
+def test_any_option_is_parsed_or_refused(pairs: "list[tuple[str, str]]") -> None:
+    with contextlib.suppress(UsageError):
+        parse_userns_option(pairs, Config())
