@@ -65,4 +65,4 @@ def format_error(error: QemuUsernsError) -> str:
 
 def printable(text: str) -> str:
     """Return `text` with what is not printable escaped, undecodable bytes of file names too."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogateescape").decode("ascii", "replace") for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

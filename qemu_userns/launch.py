@@ -1,23 +1,18 @@
 """Launch QEMU: the numbered list of the design, from a request to execve.
 
-1 parse the command line, 2 look at the host, 3 build the plan (prepare.py); 4 open what is to be opened; 5 fork the
-supervisor; 6 become the outside identity and unshare; 7 have the maps written; 8 build the view; 9 confine; 10 execve.
+1 parse the command line and find the identity; 2 fork the supervisor, which makes the user namespace meanwhile; 3 look at the
+host and build the plan (planning.py); 4 open what is to be opened, with the caller's rights; 5 take the namespace with its
+maps from the supervisor; 6 become the outside identity and join it; 7 build the view; 8 confine; 9 pass the fds; 10 execve.
 """
 
 import errno
 import os
 
 from qemu_userns.errors import LaunchError, ResourceError, printable
-from qemu_userns.host.leases import release
-from qemu_userns.host.opening import Opened, open_grants
 from qemu_userns.linux.process import SIGPIPE, SIGXFSZ, reset_signal
-from qemu_userns.plan.grants import Bind, KeepFd, Refuse, Reserved
-from qemu_userns.plan.identity import SELF
-from qemu_userns.prepare import find_program, prepare, read_settings
-from qemu_userns.sandbox.confine import confine, pass_fds
-from qemu_userns.sandbox.namespaces import become, enter, map_self
-from qemu_userns.sandbox.view import build_view, overlay_host
-from qemu_userns.supervisor.process import IdmappedMount, fork_supervisor
+from qemu_userns.plan.grants import KeepFd, Refuse, Reserved
+from qemu_userns.request import find_program, read_request, read_settings
+from qemu_userns.supervisor.process import fork_supervisor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +20,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from qemu_userns.plan.plan import Plan
-    from qemu_userns.prepare import Prepared, Request
+    from qemu_userns.request import Request, Start
     from qemu_userns.supervisor.process import Supervisor
 
 
@@ -35,42 +30,49 @@ def launch(request: "Request") -> "NoReturn":
     Raises:
         QemuUsernsError: nothing was left behind on the host.
     """
-    switched_off = request.environ.get("QEMU_USERNS") == "off"
     config = read_settings(request)
-    if switched_off or config.off:
+    if request.environ.get("QEMU_USERNS") == "off" or config.off:
         execute(find_program(request, config), request.argv, request.environ)
-    prepared = prepare(request, config)
-    opened = Opened()
+    start = read_request(request, config)
+    supervisor = fork_supervisor(start.identity, start.lease is not None)
     try:
-        _launch(prepared, opened, request)
+        _carry_out(start, supervisor, request)
     except BaseException:
-        opened.undo()
-        if prepared.lease is not None:
-            release(prepared.lease)
+        if start.lease is not None:
+            from qemu_userns.host.leases import release
+
+            release(start.lease)
         raise
 
 
-def _launch(prepared: "Prepared", opened: Opened, request: "Request") -> "NoReturn":
-    """Carry the plan out."""
-    plan = prepared.plan
+def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> "NoReturn":
+    """Plan, and do what the plan says."""
+    # Imported only here: loading these takes as long as the supervisor needs for the id maps, on another core.
+    from qemu_userns.host.opening import Opened, open_grants
+    from qemu_userns.planning import make_plan
+    from qemu_userns.sandbox.confine import confine, pass_fds
+    from qemu_userns.sandbox.namespaces import become, join
+    from qemu_userns.sandbox.view import build_view, overlay_host
+
+    plan = make_plan(start, request)
     stop_if_refused(plan)
-    lease_fd = None if prepared.lease is None else prepared.lease.fd
-    open_grants(plan, lease_fd, opened)
-    supervisor = _start_supervisor(plan, opened, lease_fd is not None)
+    opened = Opened(supervisor.note)
+    try:
+        open_grants(plan, None if start.lease is None else start.lease.fd, opened)
+        namespace = supervisor.open_namespace()
+    except BaseException:
+        opened.undo()
+        raise
+    # From here on the host is out of reach, and what was created is the supervisor's to remove if this process fails.
     for warning in plan.warnings:
         os.write(2, f"qemu-userns: warning: {printable(warning)}\n".encode())
     if plan.identity.switch:
         become(plan.identity)
-    enter()
-    if supervisor is None or plan.identity.method == SELF:
-        map_self(plan.identity)
-    else:
-        supervisor.write_maps()
+    join(namespace)
     (overlay_host if plan.whole_host else build_view)(opened, plan.cwd)
-    confine(plan.confinement, [grant.number for grant in plan.grants if _is_reopened(grant)])
-    if supervisor is not None:
-        supervisor.commit()
-    pass_fds(opened.passed)
+    confine(plan.confinement, _find_reopened(plan))
+    pass_fds([*opened.passed, *_keep_pipe(plan, supervisor)])
+    supervisor.commit()
     execute(plan.program, plan.words, request.environ)
 
 
@@ -101,23 +103,16 @@ def execute(program: str, argv: "tuple[str, ...]", environ: "Mapping[str, str]")
         raise LaunchError(program, f"cannot be executed: {err.strerror}", exit_status=status) from err
 
 
-def _start_supervisor(plan: "Plan", opened: Opened, leased: bool) -> "Supervisor | None":
-    """Fork the supervisor if anything has to be done outside, now or at QEMU's end."""
-    mounts = [
-        IdmappedMount(opened.sources[placed.path], placed.owner, placed.path)
-        for placed in opened.layout
-        if isinstance(placed, Bind) and placed.owner is not None
-    ]
-    if plan.identity.method == SELF and not opened.leftovers:
-        return None
-    supervisor = fork_supervisor(plan.identity, mounts, opened.leftovers, leased)
-    if supervisor.waits:
-        number = next(grant.number for grant in plan.grants if isinstance(grant, Reserved) and grant.what == "supervisor")
-        os.dup2(supervisor.request_fd, number, inheritable=False)
-        opened.passed.append(number)
-    return supervisor
+def _keep_pipe(plan: "Plan", supervisor: "Supervisor") -> "list[int]":
+    """Give QEMU the pipe whose end the supervisor waits for, if it stays; return its number."""
+    numbers = [grant.number for grant in plan.grants if isinstance(grant, Reserved) and grant.what == "supervisor"]
+    if not supervisor.stays:
+        return []
+    os.dup2(supervisor.request_fd, numbers[0], inheritable=False)
+    return numbers
 
 
-def _is_reopened(grant: object) -> bool:
-    """Say whether QEMU will open the file of a passed fd again by its /proc/self/fd name."""
-    return (isinstance(grant, KeepFd) and grant.reopened) or (isinstance(grant, Reserved) and grant.what == "ptmx")
+def _find_reopened(plan: "Plan") -> "list[int]":
+    """Return the fds whose files QEMU will open again by their names in /proc/self/fd."""
+    kept = [grant.number for grant in plan.grants if isinstance(grant, KeepFd) and grant.reopened]
+    return kept + [grant.number for grant in plan.grants if isinstance(grant, Reserved) and grant.what == "ptmx"]

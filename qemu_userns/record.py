@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from typing import Any, Self, dataclass_transform
 else:
 
-    def dataclass_transform(**_):
+    def dataclass_transform(**_):  # noqa: ANN003, ANN201
         """Stand in for `typing.dataclass_transform` without importing typing."""
         return lambda cls: cls
 
@@ -24,9 +24,10 @@ class Record:
 
     def __init_subclass__(cls) -> None:
         """Collect the fields that the subclass adds."""
-        cls._fields = (*cls._fields, *(name for name in cls.__dict__.get("__annotations__", {}) if name not in cls._fields))
+        own = cls.__dict__.get("__annotations__", {})  # noqa: RUF063 (inspect costs more than all of this program)
+        cls._fields = (*cls._fields, *(name for name in own if name not in cls._fields))
 
-    def __init__(self, *args: "Any", **kwargs: "Any") -> None:
+    def __init__(self, *args: "Any", **kwargs: "Any") -> None:  # noqa: ANN401 (the fields' own types are checked)
         """Set each field from its positional or keyword argument, else from its default.
 
         Raises:
@@ -63,6 +64,6 @@ class Record:
         """Show as a call that makes the value."""
         return f"{type(self).__name__}({', '.join(f'{name}={self.__dict__[name]!r}' for name in self._fields)})"
 
-    def replace(self, **changes: "Any") -> "Self":
+    def replace(self, **changes: "Any") -> "Self":  # noqa: ANN401
         """Return a copy with some fields changed."""
         return type(self)(**{**self.__dict__, **changes})

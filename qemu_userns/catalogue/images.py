@@ -5,7 +5,6 @@ it before any slash.
 """
 
 from qemu_userns.catalogue import ways
-from qemu_userns.cmdline import json
 from qemu_userns.record import Record
 
 _PLAIN = ("file", "host_device", "host_cdrom")
@@ -69,6 +68,8 @@ def _find_socket(name: str, protocol: str) -> "tuple[NamedPath, ...]":
 
 def _find_json_paths(name: str) -> "tuple[NamedPath, ...]":
     """Return the paths of a json:{...} name."""
+    from qemu_userns.cmdline import json
+
     start = len("json:")
     try:
         members, _ = json.parse_json(name[start:])

@@ -5,12 +5,13 @@ from qemu_userns.catalogue.images import NamedPath, find_paths
 from qemu_userns.catalogue.rows import ROWS, Row
 from qemu_userns.cmdline.chardev import LegacyChardev, parse_legacy
 from qemu_userns.cmdline.objects import Object
-from qemu_userns.cmdline.source import Member
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from qemu_userns.cmdline.source import Member
 
 
 class Need(Record):
@@ -43,10 +44,11 @@ def find_needs(objects: "Iterable[Object]") -> "tuple[Need, ...]":
 def find_row(obj: Object, key: str) -> "Row | None":
     """Return the first row that applies to a member of an object."""
     last = key.rpartition(".")[2]
-    for row in (*_ROWS_BY_KIND.get(obj.kind, ()), *_ROWS_BY_KIND["*"]):
-        if row.key == key or (row.key.startswith("**.") and row.key[3:] == last):
-            if all((obj.get(name) or "") in values for name, values in row.when):
-                return row
+    rows: "list[Row]" = _ROWS_BY_KIND.get(obj.kind, []) + _ROWS_BY_KIND["*"]
+    for row in rows:
+        named = row.key == key or (row.key.startswith("**.") and row.key[3:] == last)
+        if named and all((obj.get(name) or "") in values for name, values in row.when):
+            return row
     return None
 
 

@@ -4,13 +4,14 @@ import json
 
 from qemu_userns.plan.grants import Connect, Consume, KeepFd, Listen, OpenFd, Refuse, Reserved
 from qemu_userns.plan.layout import build_layout
-from qemu_userns.prepare import prepare, read_settings
+from qemu_userns.planning import make_plan
+from qemu_userns.request import read_request, read_settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qemu_userns.plan.grants import Grant
     from qemu_userns.plan.plan import Plan
-    from qemu_userns.prepare import Request
+    from qemu_userns.request import Request
 
 _FD_GRANTS = (KeepFd, OpenFd, Listen, Connect, Reserved)
 _CAPABILITIES = {0: "chown", 1: "dac_override", 3: "fowner", 4: "fsetid"}
@@ -19,7 +20,7 @@ _SCOPES = {1: "abstract sockets", 2: "signals"}
 
 def explain(request: "Request", as_json: bool) -> int:
     """Print the plan of a request; return 1 when it would be refused."""
-    plan = prepare(request, read_settings(request)).plan
+    plan = make_plan(read_request(request, read_settings(request)), request)
     facts = describe_plan(plan)
     print(json.dumps(facts, indent=2) if as_json else _format(facts))
     return 1 if facts["refused"] else 0
@@ -40,7 +41,11 @@ def describe_plan(plan: "Plan") -> "dict[str, list[dict[str, str]]]":
         "left alone": [{"option": option, "why": "no table knows it"} for option in plan.unknown],
         "confinement": _describe_confinement(plan),
         "warnings": [{"warning": warning} for warning in plan.warnings],
-        "refused": [{"what": grant.why, "why": grant.reason, "hint": grant.hint or ""} for grant in plan.grants if isinstance(grant, Refuse)],
+        "refused": [
+            {"what": grant.why, "why": grant.reason, "hint": grant.hint or ""}
+            for grant in plan.grants
+            if isinstance(grant, Refuse)
+        ],
         "command line": [{"word": word} for word in plan.words],
     }
 

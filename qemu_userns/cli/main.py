@@ -8,7 +8,7 @@ from qemu_userns.errors import UsageError
 from qemu_userns.hooks.edge import run_at_edge
 from qemu_userns.hooks.install import install
 from qemu_userns.launch import launch
-from qemu_userns.prepare import Request
+from qemu_userns.request import Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

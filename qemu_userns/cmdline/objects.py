@@ -5,9 +5,7 @@ give the same members. What QEMU itself will refuse (an unknown option, bad synt
 printed unchanged, so that the user reads QEMU's own message.
 """
 
-from qemu_userns.cmdline.json import JsonError, parse_json
 from qemu_userns.cmdline.opts import parse_keyval, parse_opts
-from qemu_userns.cmdline.readconfig import parse_readconfig
 from qemu_userns.cmdline.source import Member, Source, apply_edits
 from qemu_userns.cmdline.table import GROUPS, KEYVAL, KEYVAL_JSON, NONE, OPTS, OPTS_JSON, WORD, Entry
 from qemu_userns.record import Record
@@ -189,6 +187,9 @@ def _read_word(kind: str, text: str, source: int, option: int) -> Object:
 
 
 def _read_json(kind: str, text: str, source: int, option: int) -> "tuple[Object, ...]":
+    # Imported here, and readconfig below, for start-up time: most command lines have one of the two at most.
+    from qemu_userns.cmdline.json import JsonError, parse_json
+
     try:
         members, end = parse_json(text, source)
     except JsonError:
@@ -197,6 +198,8 @@ def _read_json(kind: str, text: str, source: int, option: int) -> "tuple[Object,
 
 
 def _read_sections(file: Source, source: int, option: int) -> "list[Object]":
+    from qemu_userns.cmdline.readconfig import parse_readconfig
+
     return [
         Object(GROUPS.get(s.group, s.group), s.id, s.members, source, s.start, s.end, "ini", option)
         for s in parse_readconfig(file, source)

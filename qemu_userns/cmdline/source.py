@@ -9,9 +9,11 @@ from qemu_userns.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from qemu_userns.cmdline.objects import Object, Option
+
+    _Tree = dict[str, "str | _Tree"]
 
 # QEMU reads a configuration file with fgets() into 1024 bytes, the newline and the final NUL included.
 LINE_MAX_BYTES = 1022
@@ -57,6 +59,8 @@ class Edit(Record):
     why: str
     form: str = ""
     """ "opts" or "json": an item of a comma list, which comes or goes with a comma; "option": the whole option goes."""
+    key: str = ""
+    """Dotted key of an item that is added to JSON; items of the same parent are then written as one object."""
 
 
 def replace(member: Member, value: "str | int", why: str) -> Edit:
@@ -90,11 +94,7 @@ def append(obj: "Object", key: str, value: "str | int", why: str) -> Edit:
     if obj.form != "json":
         raise ValueError(f"-{obj.kind} takes no {key}: it is a plain word")
     container, position = _json_container(obj, key)
-    *outer, last = key[len(container) :].split(".")
-    text = f"{_json_string(last)}:{_json_scalar(value)}"
-    for name in reversed(outer):
-        text = f"{_json_string(name)}:{{{text}}}"
-    return Edit(obj.source, position, position, text, why, "json")
+    return Edit(obj.source, position, position, _json_scalar(value), why, "json", key[len(container) :])
 
 
 def remove(obj: "Object", member: Member, why: str) -> Edit:
@@ -133,7 +133,7 @@ def apply_edits(text: str, edits: "Iterable[Edit]") -> str:
         ValueError: two edits overlap.
     """
     out, position, skip_comma = "", 0, False
-    for edit in sorted(edits, key=_order):
+    for edit in _join_json_items(sorted(edits, key=_order)):
         if edit.start < position:
             raise ValueError(f"overlapping edits: {edit.why}")
         kept, skip_comma = _keep(text[position : edit.start], skip_comma)
@@ -156,6 +156,32 @@ def apply_edits(text: str, edits: "Iterable[Edit]") -> str:
 def _order(edit: Edit) -> "tuple[int, int, bool]":
     """Sort by place; what is added comes behind what is replaced, an empty value has the same place."""
     return edit.start, edit.end, bool(edit.form)
+
+
+def _join_json_items(edits: "list[Edit]") -> "Iterator[Edit]":
+    """Yield the edits with those that add to JSON at one place made one: QEMU refuses a key that comes twice."""
+    trees: dict[int, _Tree] = {}
+    for edit in edits:
+        if edit.key:
+            *outer, last = edit.key.split(".")
+            node: str | _Tree = trees.setdefault(edit.start, {})
+            for name in outer:
+                node = node.setdefault(name, {}) if isinstance(node, dict) else node
+            if not isinstance(node, dict) or isinstance(node.get(last), dict):
+                raise ValueError(f"{edit.key} is added both as a value and as an object")
+            node[last] = edit.text
+    for edit in edits:
+        if not edit.key:
+            yield edit
+        elif edit.start in trees:
+            yield edit.replace(text=_json_items(trees.pop(edit.start)))
+
+
+def _json_items(tree: "_Tree") -> str:
+    """Return `"key":value,...` for what is to be added."""
+    return ",".join(
+        f"{_json_string(name)}:{node if isinstance(node, str) else f'{{{_json_items(node)}}}'}" for name, node in tree.items()
+    )
 
 
 def _keep(text: str, skip_comma: bool) -> "tuple[str, bool]":

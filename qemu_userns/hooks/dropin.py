@@ -5,7 +5,7 @@ import sys
 
 from qemu_userns.hooks.edge import run_at_edge
 from qemu_userns.launch import launch
-from qemu_userns.prepare import Request
+from qemu_userns.request import Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -52,4 +52,5 @@ def _report_bug(kind: "type[BaseException]", error: BaseException, _: "Traceback
     while trace is not None:
         at, line = os.path.basename(trace.tb_frame.f_code.co_filename), trace.tb_lineno
         trace = trace.tb_next
-    _print(f"qemu-userns: internal error: {kind.__name__} at {at}:{line}: {printable(str(error))}\nhint: please report this line\n")
+    what = f"internal error: {kind.__name__} at {at}:{line}"
+    _print(f"qemu-userns: {what}: {printable(str(error))}\nhint: please report this line\n")

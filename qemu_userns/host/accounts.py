@@ -45,7 +45,9 @@ def find_account(text: str) -> Account:
         try:
             entry = pwd.getpwnam(text)
         except KeyError:
-            raise HostError(f"user {text}", "there is no such user", "name one that `getent passwd` lists, or give UID:GID") from None
+            raise HostError(
+                f"user {text}", "there is no such user", "name one that `getent passwd` lists, or give UID:GID"
+            ) from None
         account = Account(entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)))
     if account.uid == 0 or account.gid == 0:
         raise HostError(f"user {text}", "QEMU never runs as host root", "name an ordinary user, or leave the option out")

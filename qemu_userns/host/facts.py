@@ -6,7 +6,6 @@ import os
 import struct
 
 from qemu_userns.catalogue import ways
-from qemu_userns.host.images import find_chain
 from qemu_userns.host.paths import PathWalker
 from qemu_userns.plan.base import BASE, KVM, PTMX
 from qemu_userns.plan.facts import BLOCK, REGULAR, HostFacts, ImageFact, PathFact
@@ -129,6 +128,8 @@ def _reader(caller: "Caller", identity: "Identity") -> "Callable[[str], bool]":
 
 def _look_at_chain(need: "Need", may_open: "Callable[[str], bool]") -> "tuple[ImageFact, ...]":
     """Read which further files the header of an image names, with QEMU's probing rules: format=raw is never read."""
+    from qemu_userns.host.images import find_chain
+
     own = "" if need.member is None else need.member.key.rpartition(".")[0]
     layer = own.rpartition(".")[0]
     format_key, driver_key = ("format", f"{layer}.driver" if layer else "driver")
@@ -137,7 +138,5 @@ def _look_at_chain(need: "Need", may_open: "Callable[[str], bool]") -> "tuple[Im
         image_format = "raw"  # a protocol node alone: what lies above it names it by node-name
     chain = find_chain(need.path, format=image_format, may_open=may_open)
     return tuple(
-        ImageFact(file.path, file.format, file.role, need.path)
-        for file in chain
-        if file.role != "image" and not file.unresolved
+        ImageFact(file.path, file.format, file.role, need.path) for file in chain if file.role != "image" and not file.unresolved
     )

@@ -1,7 +1,6 @@
 """Decide who QEMU is outside, from the caller, the options and the host's subordinate ids."""
 
 from qemu_userns.errors import UsageError
-from qemu_userns.host.leases import LEASE_COUNT, find_pools, lease_range, preview_range
 from qemu_userns.host.subids import find_ranges
 from qemu_userns.plan.identity import DIRECT, NEWIDMAP, SELF, Identity, MapEntry, build_map
 
@@ -40,6 +39,8 @@ def find_identity(
         return _find_own(caller.account, config), None
     if user is not None:
         return _build(user, user.groups, *_subordinate(user), config, "the user that the command line names"), None
+    from qemu_userns.host.leases import LEASE_COUNT, find_pools, lease_range, preview_range
+
     pools = find_pools(SUBUID, SUBGID, config.pool)
     if preview:
         return _build_leased(preview_range(*pools, preferred), LEASE_COUNT, config), None
@@ -76,8 +77,8 @@ def _find_own(account: "Account", config: "Config") -> Identity:
         missing = SUBGID if uid_ranges else SUBUID
         uid_ranges = gid_ranges = ()
         warning = (
-            f"{account.name} has no subordinate ids in {missing}, so only one id is mapped and passthrough shares cannot hold others "
-            f"(usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {account.name})"
+            f"{account.name} has no subordinate ids in {missing}, so only one id is mapped, and passthrough shares cannot hold "
+            f"others (usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {account.name})"
         )
     return Identity(
         account.uid,

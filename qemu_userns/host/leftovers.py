@@ -18,19 +18,15 @@ class Leftover(Record):
     temporary: bool  # goes at QEMU's end, not only when the launch fails
 
 
-def encode(leftovers: "Iterable[Leftover]") -> bytes:
-    """Return the temporary ones as NUL-terminated fields, for `decode` in another process."""
-    fields = [(str(item.inode[0]), str(item.inode[1]), item.path) for item in leftovers if item.temporary]
-    return os.fsencode("".join(f"{field}\0" for group in fields for field in group))
+def encode(item: Leftover) -> str:
+    """Return one as a line without NUL, for another process."""
+    return f"{item.inode[0]} {item.inode[1]} {'temporary' if item.temporary else 'kept'} {item.path}"
 
 
-def decode(data: bytes) -> "list[Leftover]":
+def decode(text: str) -> Leftover:
     """Return what `encode` wrote."""
-    fields = os.fsdecode(data).split("\0")[:-1]
-    return [
-        Leftover(path, (int(device), int(inode)), True)
-        for device, inode, path in zip(fields[::3], fields[1::3], fields[2::3], strict=True)
-    ]
+    device, inode, fate, path = text.split(" ", 3)
+    return Leftover(path, (int(device), int(inode)), fate == "temporary")
 
 
 def remove(leftovers: "Iterable[Leftover]") -> None:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 _HINT = "install the package uidmap (shadow-utils, shadow-uidmap or newuidmap elsewhere)"
 _REFUSED_HINT = (
-    "the ranges must be the caller's in /etc/subuid and /etc/subgid, the programs set-uid root or with file capabilities, on a file "
-    "system without nosuid, and the caller without no_new_privs"
+    "the ranges must be the caller's in /etc/subuid and /etc/subgid, the programs set-uid root or with file capabilities, "
+    "on a file system without nosuid, and the caller without no_new_privs"
 )
 
 

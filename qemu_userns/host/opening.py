@@ -5,13 +5,14 @@ import stat
 
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.leftovers import Leftover, remove
+from qemu_userns.host.usernamespace import map_mount
 from qemu_userns.linux import mount
 from qemu_userns.plan.grants import Bind, Connect, Create, CreateDir, Grant, KeepFd, Listen, Node, OpenFd, Reserved
 from qemu_userns.plan.layout import build_layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
     from qemu_userns.plan.layout import Placed
     from qemu_userns.plan.plan import Plan
@@ -20,16 +21,23 @@ _CLONE = mount.OPEN_TREE_CLONE | mount.AT_RECURSIVE | mount.AT_SYMLINK_NOFOLLOW
 
 
 class Opened:
-    """What is open for a launch; `close_all` takes everything back."""
+    """What is open for a launch."""
 
-    def __init__(self) -> None:
-        """Start with nothing."""
+    def __init__(self, tell: "Callable[[Leftover], None]") -> None:
+        """Start with nothing; `tell` is told of each file that is created."""
         self.layout: "tuple[Placed, ...]" = ()
         self.sources: "dict[str, int]" = {}  # owned fds of detached mounts made outside, by path in the view
         self.places: "dict[str, str]" = {}  # where on the host a path of the view lies, if elsewhere
         self.nodes_fd: "int | None" = None  # owned: detached tmpfs with device nodes
         self.passed: "list[int]" = []  # numbers of fds that QEMU gets
         self.leftovers: "list[Leftover]" = []
+        self._tell = tell
+
+    def created(self, path: str, status: os.stat_result, temporary: bool) -> None:
+        """Note a file that was created, here and with the supervisor, which outlives this process."""
+        leftover = Leftover(path, (status.st_dev, status.st_ino), temporary)
+        self.leftovers.append(leftover)
+        self._tell(leftover)
 
     def undo(self) -> None:
         """Remove the files that were created; fds go with the process."""
@@ -64,7 +72,10 @@ def open_grants(plan: "Plan", lease_fd: "int | None", opened: Opened) -> None:
         for placed in opened.layout:
             if isinstance(placed, Bind | Create | CreateDir):
                 path = opened.places.get(placed.path, placed.path)
-                opened.sources[placed.path] = clone_bind(path, placed.inode if isinstance(placed, Bind) else None)
+                fd = clone_bind(path, placed.inode if isinstance(placed, Bind) else None)
+                if isinstance(placed, Bind) and placed.owner is not None:
+                    map_mount(fd, placed.owner, (plan.identity.uid, plan.identity.gid), placed.path)
+                opened.sources[placed.path] = fd
 
 
 def clone_bind(path: str, inode: "tuple[int, int] | None") -> int:
@@ -140,7 +151,7 @@ def _open_checked(grant: OpenFd) -> int:
 def _create(grant: Create, plan: "Plan", opened: Opened) -> None:
     """Create an empty file for QEMU, or note that the one that is there stays."""
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    if grant.replace:
+    if grant.overwrites:
         os.unlink(grant.path)
     try:
         fd = os.open(grant.path, flags, grant.mode)
@@ -149,10 +160,10 @@ def _create(grant: Create, plan: "Plan", opened: Opened) -> None:
         if not stat.S_ISREG(found.st_mode):
             raise
         if grant.temporary:
-            opened.leftovers.append(Leftover(grant.path, (found.st_dev, found.st_ino), True))
+            opened.created(grant.path, found, True)
         return
     found = os.fstat(fd)
-    opened.leftovers.append(Leftover(grant.path, (found.st_dev, found.st_ino), grant.temporary))
+    opened.created(grant.path, found, grant.temporary)
     if plan.identity.switch:
         os.fchown(fd, plan.identity.uid, plan.identity.gid)
     os.close(fd)
@@ -163,7 +174,7 @@ def _create_directory(grant: CreateDir, plan: "Plan", opened: Opened) -> None:
     place = f"{grant.path}/qemu-userns.{os.urandom(8).hex()}"
     os.mkdir(place, 0o700)
     found = os.lstat(place)
-    opened.leftovers.append(Leftover(place, (found.st_dev, found.st_ino), True))
+    opened.created(place, found, True)
     opened.places[grant.path] = place
     if plan.identity.switch:
         os.chown(place, plan.identity.uid, plan.identity.gid, follow_symlinks=False)
@@ -180,7 +191,7 @@ def _listen(grant: Listen, opened: Opened) -> None:
         pass
     socket.bind(os.fsencode(grant.path))
     found = os.lstat(grant.path)
-    opened.leftovers.append(Leftover(grant.path, (found.st_dev, found.st_ino), True))
+    opened.created(grant.path, found, True)
     socket.listen(1)
     _number(socket.detach(), grant.number, opened)
 

@@ -25,6 +25,7 @@ CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN = 6, 7, 21
 
 _prctl = find_function("prctl", 5)
 _capset = find_function("capset", 2)
+_setns = find_function("setns", 2)
 
 
 def unshare(flags: int) -> None:
@@ -42,8 +43,20 @@ def unshare(flags: int) -> None:
         unshare_before_312(flags)
 
 
+def setns(fd: int, nstype: int) -> None:
+    """Join a namespace; the fd is borrowed."""
+    call(_setns, fd, nstype)
+
+
+def set_ids(uid: int, gid: int, groups: "tuple[int, ...]") -> None:
+    """Set all groups, gids and uids of this process, for good."""
+    os.setgroups(groups)
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+
+
 def prctl(option: int, *arguments: int) -> int:
-    """Call prctl(2) with integer arguments."""
+    """Make the call with integer arguments."""
     return call(_prctl, option, *arguments, *(0,) * (4 - len(arguments)))
 
 

@@ -39,6 +39,10 @@ class _Function(CFuncPtr):
     _restype_ = _Long
 
 
+# The handle of what this process has loaded, the C library with it: dlopen(3), "If filename is NULL".
+_PROCESS = dlopen(None, 0)  # type: ignore[arg-type]  # typeshed does not know of NULL
+
+
 def find_function(name: str, argument_count: int) -> "_Function":
     """Find a function of the C library.
 
@@ -52,7 +56,7 @@ def find_function(name: str, argument_count: int) -> "_Function":
     Raises:
         OSError: the C library has no such symbol.
     """
-    function = _Function(dlsym(dlopen(None, 0), name))
+    function = _Function(dlsym(_PROCESS, name))
     function.argtypes = (_Word,) * argument_count
     return function
 

@@ -14,9 +14,9 @@ class BasePath(Record):
 
 # What QEMU and its libraries read of /etc. Passwords, keys and the host's own configuration are not among them.
 _ETC = (
-    "alternatives ca-certificates ceph crypto-policies fonts gai.conf gnutls group gtk-3.0 host.conf hosts iscsi ld.so.cache ld.so.conf "
-    "ld.so.conf.d libnl libnl-3 localtime nsswitch.conf pango passwd pki protocols qemu resolv.conf sasl2 services ssl/certs "
-    "ssl/openssl.cnf timezone"
+    "alternatives ca-certificates ceph crypto-policies fonts gai.conf gnutls group gtk-3.0 host.conf hosts iscsi ld.so.cache "
+    "ld.so.conf ld.so.conf.d libnl libnl-3 localtime nsswitch.conf pango passwd pki protocols qemu resolv.conf sasl2 services "
+    "ssl/certs ssl/openssl.cnf timezone"
 )
 
 BASE: "tuple[BasePath, ...]" = (
@@ -37,7 +37,7 @@ LINKS = (
 )
 
 # Directories in memory that are the VM's alone.
-PRIVATE = (("/tmp", 0o1777), ("/run", 0o755), ("/var/tmp", 0o1777), ("/dev/shm", 0o1777))  # noqa: S108
+PRIVATE = (("/tmp", 0o1777), ("/run", 0o755), ("/var/tmp", 0o1777), ("/dev/shm", 0o1777))
 
 PTMX = "/dev/ptmx"
 KVM = "/dev/kvm"

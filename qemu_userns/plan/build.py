@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1, 2
 _DISPLAYS_WITH_SOCKETS = ("gtk", "sdl", "dbus", "spice-app")
 _SPAWNING_NETDEVS = ("tap", "bridge", "passt")
+_SPAWNING_OPTIONS = frozenset(("daemonize", "async-teardown"))
 
 
 class Program(Record):
@@ -143,8 +144,8 @@ def _add_temporary(draft: Draft, commandline: "CommandLine") -> None:
 def _choose_sandbox(commandline: "CommandLine", needs: "Sequence[Need]", program: Program, settings: Settings) -> "str | None":
     """Return the value of a -sandbox option to add, None for none.
 
-    The settings are those that libvirt gives to every QEMU, but for what the command line itself needs: -daemonize calls
-    setsid, which elevateprivileges=deny kills; scripts, helpers and exec: need spawn.
+    The settings are those that libvirt gives to every QEMU, but for what the command line itself needs. -daemonize forks and
+    calls setsid. A spawn that is denied kills QEMU 7.2, so it is allowed where a monitor could ask for one (migrate exec:).
     """
     if not program.sandbox or settings.sandbox == "off" or any(obj.kind == "sandbox" for obj in commandline.objects):
         return None
@@ -152,23 +153,29 @@ def _choose_sandbox(commandline: "CommandLine", needs: "Sequence[Need]", program
         return settings.sandbox
     names = {option.name for option in commandline.options}
     privileges = "allow" if "daemonize" in names else "deny"
-    spawn = "allow" if _spawns(commandline) or "async-teardown" in names else "deny"
+    spawn = "allow" if names & _SPAWNING_OPTIONS or _spawns(commandline) or _has_monitor(commandline) else "deny"
     return f"on,obsolete=deny,elevateprivileges={privileges},spawn={spawn},resourcecontrol=deny"
 
 
+def _has_monitor(commandline: "CommandLine") -> bool:
+    """Say whether somebody can give QEMU commands: by a monitor that is named, or by the default one."""
+    named = [obj for obj in commandline.objects if obj.kind in ("mon", "monitor", "qmp", "qmp-pretty")]
+    if named:
+        return any(obj.get("value") != "none" for obj in named)
+    return all(option.name != "nodefaults" for option in commandline.options)
+
+
 def _spawns(commandline: "CommandLine") -> bool:
-    """Say whether QEMU will start other programs."""
-    for obj in commandline.objects:
-        if obj.kind in ("netdev", "nic", "net"):
-            if obj.get("type") in _SPAWNING_NETDEVS or obj.get("smb") or "-cmd:" in (obj.get("guestfwd") or ""):
-                return True
-        elif obj.kind == "incoming" and (obj.get("value") or "").startswith("exec:"):
-            return True
-        elif obj.kind == "run-with" and obj.get("async-teardown") == "on":
-            return True
-        elif obj.kind == "display" and obj.get("type") == "spice-app":
-            return True
-    return False
+    """Say whether QEMU will start other programs by itself."""
+    return any(
+        (obj.kind in ("netdev", "nic", "net") and (obj.get("type") in _SPAWNING_NETDEVS or obj.get("smb")))
+        or "-cmd:" in (obj.get("guestfwd") or "")
+        or (obj.kind == "incoming" and (obj.get("value") or "").startswith("exec:"))
+        or (obj.kind == "run-with" and obj.get("async-teardown") == "on")
+        or (obj.kind == "display" and obj.get("type") == "spice-app")
+        or (obj.get("value") or "").startswith("mon:")
+        for obj in commandline.objects
+    )
 
 
 def _choose_scopes(commandline: "CommandLine") -> int:
@@ -209,4 +216,3 @@ def _add_copies(draft: Draft, commandline: "CommandLine", copies: "dict[int, str
             continue
         draft.way_to(fact, "-readconfig")
         draft.add(Copy("-readconfig", fact.real, text))
-

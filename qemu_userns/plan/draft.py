@@ -145,7 +145,7 @@ class Draft:
 
 def is_shown(path: str) -> bool:
     """Say whether every view shows a path already: processes, pseudo terminals, memory that is the VM's own."""
-    return any(is_below(path, shown) for shown in ("/proc", "/dev/pts", "/dev/fd")) or path == "/dev/shm"  # noqa: S108
+    return any(is_below(path, shown) for shown in ("/proc", "/dev/pts", "/dev/fd")) or path == "/dev/shm"
 
 
 def missing_hint(need: "Need", cwd: str) -> "str | None":
@@ -155,4 +155,5 @@ def missing_hint(need: "Need", cwd: str) -> "str | None":
 
 def permission_hint(fact: "PathFact") -> str:
     """Say whose the file is."""
-    return f"it belongs to {fact.uid}:{fact.gid} and has mode {fact.mode & 0o7777:04o}; be its owner, in its group, or change the mode"
+    owner = f"it belongs to {fact.uid}:{fact.gid} and has mode {fact.mode & 0o7777:04o}"
+    return f"{owner}; be its owner, in its group, or change the mode"

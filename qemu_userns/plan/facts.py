@@ -6,7 +6,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-REGULAR, DIRECTORY, SOCKET, FIFO, BLOCK, CHARACTER, ABSENT = "file", "directory", "socket", "fifo", "block device", "device", "absent"
+REGULAR, DIRECTORY, SOCKET, FIFO, BLOCK, CHARACTER, ABSENT = (
+    "file",
+    "directory",
+    "socket",
+    "fifo",
+    "block device",
+    "device",
+    "absent",
+)
 
 
 class PathFact(Record):

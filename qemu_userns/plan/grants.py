@@ -85,13 +85,13 @@ class Create(Grant):
 
     path: str
     mode: int
-    replace: bool = False  # a file that is there and not QEMU's gives way to a new one
+    overwrites: bool = False  # a file that is there and not QEMU's gives way to a new one
     temporary: bool = False  # removed when QEMU has ended, as QEMU itself would
 
     def describe(self) -> str:
         """Say path and fate."""
         fate = ", removed at QEMU's end" if self.temporary else ""
-        return f"{self.path} (rw, created{', replacing what is there' if self.replace else ''}{fate})"
+        return f"{self.path} (rw, created{', replacing what is there' if self.overwrites else ''}{fate})"
 
 
 class CreateDir(Grant):

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import CommandLine
     from qemu_userns.plan.draft import Draft
-    from qemu_userns.plan.facts import PathFact
 
     Handover = Callable[[Draft, Need, CommandLine], None]
 
@@ -45,7 +44,7 @@ def _read(draft: "Draft", need: "Need", _: "CommandLine") -> None:
 
 def _read_modules(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Show an initrd, or the modules of a multiboot kernel, each with arguments after a blank."""
-    if draft.path(need.path).kind != ABSENT or "," not in need.path and " " not in need.path:
+    if draft.path(need.path).kind != ABSENT or ("," not in need.path and " " not in need.path):
         _read(draft, need, commandline)
         return
     for module in need.path.split(","):
@@ -79,7 +78,11 @@ def _made(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     fact = draft.path(directory)
     if draft.check(need.replace(path=directory), fact, READ | WRITE):
         if not draft.may(fact, READ | WRITE | SEARCH):
-            draft.refuse(f"{need.describe()} {need.path}", f"QEMU's id {draft.identity.uid} may not make it there", "use a directory of that id")
+            draft.refuse(
+                f"{need.describe()} {need.path}",
+                f"QEMU's id {draft.identity.uid} may not make it there",
+                "use a directory of that id",
+            )
             return
         draft.bind(fact, True, need.describe())
 
@@ -105,7 +108,11 @@ def _write(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     elif not (fact.parent_writable if fact.kind == ABSENT else fact.writable and fact.parent_writable):
         draft.refuse(f"{why} {need.path}", "Permission denied", "the caller may not create it there")
     elif need.way == ways.APPEND and fact.kind == REGULAR:
-        draft.refuse(f"{why} {need.path}", f"QEMU's id {draft.identity.uid} may not write it", "make it that id's, or start with a new file")
+        draft.refuse(
+            f"{why} {need.path}",
+            f"QEMU's id {draft.identity.uid} may not write it",
+            "make it that id's, or start with a new file",
+        )
     else:
         draft.way_to(fact, why)
         pidfile = need.way == ways.PIDFILE
@@ -137,7 +144,9 @@ def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
         return
     if model in ("mapped", "mapped-xattr") and not readonly and not fact.xattrs:
         draft.refuse(
-            why, f"its file system has no user.* attributes, which security_model={model} keeps ids and modes in", "use security_model=mapped-file"
+            why,
+            f"its file system has no user.* attributes, which security_model={model} keeps ids and modes in",
+            "use security_model=mapped-file",
         )
         return
     if model == "passthrough":
@@ -148,7 +157,9 @@ def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
         return
     draft.bind(fact, not readonly, need.describe())
     if not readonly and not draft.may(fact, WRITE | SEARCH):
-        draft.warnings.append(f"{why}: belongs to {fact.uid}:{fact.gid}; QEMU is {draft.identity.uid}:{draft.identity.gid} and can only read it")
+        draft.warnings.append(
+            f"{why}: belongs to {fact.uid}:{fact.gid}; QEMU is {draft.identity.uid}:{draft.identity.gid} and can only read it"
+        )
 
 
 def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -212,8 +223,9 @@ def _chardev_value(need: "Need", key: str) -> str:
 
 def _must_keep_path(need: "Need", commandline: "CommandLine") -> bool:
     """Say whether the chardev has to make its socket itself: vhost-user network backends refuse one with fd=."""
-    return need.obj.kind != "chardev" and need.legacy is None or any(
-        obj.kind == "netdev" and obj.get("type") == "vhost-user" and obj.get("chardev") == need.obj.id for obj in commandline.objects
+    return (need.obj.kind != "chardev" and need.legacy is None) or any(
+        obj.kind == "netdev" and obj.get("type") == "vhost-user" and obj.get("chardev") == need.obj.id
+        for obj in commandline.objects
     )
 
 

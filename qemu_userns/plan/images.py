@@ -41,7 +41,9 @@ def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         other = draft.path(image.path)
         if other.kind in (REGULAR, BLOCK) and draft.may(other, READ):
             # An external data file holds the image's own data; a backing file is written by commit only.
-            writable_too = (image.role != "backing" and writable) or (other.writable and draft.may(other, READ | WRITE) and writable)
+            writable_too = (image.role != "backing" and writable) or (
+                other.writable and draft.may(other, READ | WRITE) and writable
+            )
             draft.bind(other, writable_too, f"{image.role} of {need.path}", device=other.kind == BLOCK)
         elif other.kind in (REGULAR, BLOCK):
             draft.warnings.append(

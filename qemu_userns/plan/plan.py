@@ -1,8 +1,11 @@
 """The plan of a launch, a value: what `explain` prints and launch.py carries out."""
 
-from qemu_userns.plan.grants import Grant
-from qemu_userns.plan.identity import Identity
 from qemu_userns.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.plan.grants import Grant
+    from qemu_userns.plan.identity import Identity
 
 
 class Rewrite(Record):
@@ -20,7 +23,9 @@ class Confinement(Record):
     capabilities: "frozenset[int]"  # kept inside the namespace; none of them reaches outside it
     scoped: int  # Landlock scopes
     require_landlock: bool
-    sandbox: "str | None"  # value of the -sandbox option that is added, None when the command line says its own or the build lacks it
+    sandbox: (
+        "str | None"  # value of the -sandbox option that is added, None when the command line says its own or the build lacks it
+    )
 
 
 class Plan(Record):
@@ -29,7 +34,7 @@ class Plan(Record):
     program: str  # path of the real QEMU
     words: "tuple[str, ...]"  # its arguments, argv[0] included
     cwd: str
-    identity: Identity
+    identity: "Identity"
     whole_host: bool  # fs=host: the view is the host's whole tree
     grants: "tuple[Grant, ...]"
     rewrites: "tuple[Rewrite, ...]"

@@ -16,7 +16,7 @@ def main(request: int, state: int, leased: bool) -> None:
     """Wait for the end of the pipe whose other end QEMU holds; bytes in it are QEMU's and mean nothing."""
     os.lseek(state, 0, os.SEEK_SET)
     with os.fdopen(state, "rb") as file:
-        leftovers = decode(file.read())
+        leftovers = [decode(os.fsdecode(line)) for line in file.read().split(b"\0")[:-1]]
     while os.read(request, 4096):
         pass
     clean_up(leftovers, leased)

@@ -1,89 +1,93 @@
-"""The process beside the launcher: forked before the namespaces, it does from outside what cannot be done inside.
+"""The process beside the launcher: it works outside while the launcher plans, and after QEMU has ended.
 
-Theory of operation. `fork_supervisor` leaves a grandchild of the launcher in a session of its own, with no fd of the caller.
-Two pipes join them. The launcher's byte MAP asks for the id maps and the idmapped mounts and is answered; its byte COMMIT,
-sent last before execve, says that the launch has succeeded. If the pipe ends without it, the launcher has died, and every
-file that the launch created is removed again. After COMMIT the supervisor ends, unless files have to be removed when
-QEMU ends: then it becomes a clean interpreter (main.py), so that nothing of the caller's command line is left in
-its own, and waits for the same pipe to end, whose other end is QEMU's by then.
+Theory of operation. `fork_supervisor` leaves a grandchild of the launcher, in a session of its own and with no fd of the
+caller. At once it makes the user namespace and has its maps written, which takes newuidmap and newgidmap as long as the
+launcher needs to plan; then it answers with the pid of the namespace's holder. The launcher opens the namespace and writes one
+message for each file that it creates (`note`), and COMMIT last before execve. If the pipe ends without COMMIT, the launcher has
+died, and all those files are removed. After it the supervisor ends, unless files have to be removed when QEMU ends: then it
+becomes a clean interpreter (main.py), so that nothing of the caller's command line is left in its own, and waits for the
+same pipe to end, whose other end is QEMU's by then.
 """
 
 import os
 import sys
 
 from qemu_userns.errors import HostError, SandboxError
+from qemu_userns.host.leftovers import Leftover, decode, encode
+from qemu_userns.host.usernamespace import Holder, open_namespace, write_maps
 from qemu_userns.linux import process
-from qemu_userns.record import Record
-from qemu_userns.supervisor.cleanup import clean_up
-from qemu_userns.supervisor.idmaps import map_mount, write_maps
-from qemu_userns.host.leftovers import Leftover, encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
     from typing import NoReturn
 
     from qemu_userns.plan.identity import Identity
 
-MAP = b"m"
-COMMIT = b"c"
-_ANSWER_SIZE_BYTES = 65536
+READY = "ready"
+JOINED, COMMIT = "joined", "commit"
+_SIZE_BYTES = 65536
 
 
-class Supervisor(Record):
-    """The launcher's end of the pipes."""
+class Supervisor:
+    """The launcher's end."""
 
-    request_fd: int  # owned; passed on to QEMU when `waits`, for its end to be seen
-    answer_fd: int  # owned
-    waits: bool  # whether the supervisor stays until QEMU has ended
+    def __init__(self, request_fd: int, answer_fd: int, child: int, leased: bool) -> None:
+        """Hold the pipes.
 
-    def write_maps(self) -> None:
-        """Have the id maps and idmapped mounts made.
+        Args:
+            request_fd: taken over; passed on to QEMU when the supervisor stays, for QEMU's end to be seen.
+            answer_fd: taken over.
+            child: the process between launcher and supervisor, to be reaped.
+            leased: whether ids are leased, whose file goes at QEMU's end.
+        """
+        self.request_fd = request_fd
+        self.stays = leased
+        self._answer_fd = answer_fd
+        self._child = child
 
-        Should: be called inside the new user namespace, before it is used.
+    def open_namespace(self) -> int:
+        """Wait for the user namespace and its maps; return an owned fd of it.
 
         Raises:
-            HostError: newuidmap or newgidmap is missing, or does not allow the ranges.
-            SandboxError: the kernel refuses, or the supervisor has died.
+            HostError: user namespaces are forbidden; newuidmap or newgidmap is missing, or refuses.
+            SandboxError: the kernel refuses the maps, or the supervisor has died.
         """
-        os.write(self.request_fd, MAP)
-        answer = os.read(self.answer_fd, _ANSWER_SIZE_BYTES)
-        if answer == MAP:
-            return
+        answer = os.read(self._answer_fd, _SIZE_BYTES)
         if not answer:
-            raise SandboxError("cannot write the id maps", "the supervisor has died")
+            raise SandboxError("cannot make the user namespace", "the supervisor has died")
         kind, what, why, hint = os.fsdecode(answer).split("\0", 3)
-        raise (HostError if kind == "HostError" else SandboxError)(what, why, hint or None)
+        if kind != READY:
+            raise (HostError if kind == "HostError" else SandboxError)(what, why, hint or None)
+        namespace = open_namespace(int(what))
+        os.close(self._answer_fd)
+        self._send(JOINED)
+        return namespace
+
+    def note(self, leftover: Leftover) -> None:
+        """Tell of a file that was created."""
+        self.stays = self.stays or leftover.temporary
+        self._send(encode(leftover))
 
     def commit(self) -> None:
-        """Say that QEMU is about to run."""
-        os.write(self.request_fd, COMMIT)
+        """Say that QEMU is about to run, and reap the process in between, which QEMU would never do."""
+        self._send(COMMIT)
+        os.waitpid(self._child, 0)
+
+    def _send(self, message: str) -> None:
+        """Send a message; they end with a NUL."""
+        os.write(self.request_fd, os.fsencode(f"{message}\0"))
 
 
-class IdmappedMount(Record):
-    """A detached mount that shall show its owner as QEMU's id."""
-
-    fd: int
-    owner: "tuple[int, int]"
-    path: str
-
-
-def fork_supervisor(
-    identity: "Identity", mounts: "Sequence[IdmappedMount]", leftovers: "Sequence[Leftover]", leased: bool
-) -> Supervisor:
+def fork_supervisor(identity: "Identity", leased: bool) -> Supervisor:
     """Fork the supervisor.
 
-    Should: be called with the caller's rights, before the identity is switched and anything is unshared.
+    Should: be called with the caller's rights, as soon as the identity is known.
     Must not: leave it as a child of the process that becomes QEMU, which would never reap it.
 
     Args:
-        identity: whose maps it will write.
-        mounts: detached mounts that it will idmap; their fds are borrowed.
-        leftovers: files that this launch has created.
-        leased: whether it holds leased ids, whose file goes at QEMU's end.
-
-    Returns:
-        The launcher's end; its fds are owned.
+        identity: whose namespace it will make.
+        leased: whether its ids are leased.
 
     Raises:
         SandboxError: no process can be had.
@@ -91,86 +95,97 @@ def fork_supervisor(
     try:
         request_read, request_write = os.pipe()
         answer_read, answer_write = os.pipe()
-        launcher = os.getpid()
         child = os.fork()
     except OSError as err:
         raise SandboxError("cannot fork the supervisor", err.strerror or str(err)) from err
     if child == 0:
-        _run_child(_Duty(launcher, request_read, answer_write, identity, tuple(mounts), tuple(leftovers), leased))
+        _run_child(request_read, answer_write, identity, leased)
     os.close(request_read)
     os.close(answer_write)
-    os.waitpid(child, 0)
-    return Supervisor(request_write, answer_read, leased or any(item.temporary for item in leftovers))
+    return Supervisor(request_write, answer_read, child, leased)
 
 
-class _Duty(Record):
-    """What the supervisor is there for."""
-
-    launcher: int
-    request_fd: int
-    answer_fd: int
-    identity: "Identity"
-    mounts: "tuple[IdmappedMount, ...]"
-    leftovers: "tuple[Leftover, ...]"
-    leased: bool
-
-
-def _run_child(duty: _Duty) -> "NoReturn":
+def _run_child(request: int, answer: int, identity: "Identity", leased: bool) -> "NoReturn":
     """Leave the launcher's family, serve it, and end; nothing of the launcher's own code runs in here any more."""
-    status = 1
     try:
         os.setsid()
         if os.fork() == 0:
-            _leave_caller({duty.request_fd, duty.answer_fd, *(item.fd for item in duty.mounts)})
-            _serve(duty)
-        status = 0
+            _leave_caller(request, answer)
+            holder = _make_namespace(identity, answer)
+            leftovers = _follow_launch(request, holder)
+            if leftovers or leased:
+                _become_clean(request, leftovers, leased)
     finally:
-        os._exit(status)
+        os._exit(0)
 
 
-def _leave_caller(kept: "set[int]") -> None:
-    """Close every fd of the caller but `kept`, with the standard ones on /dev/null, and stand in "/"."""
+def _leave_caller(request: int, answer: int) -> None:
+    """Close every fd of the caller, with the standard ones on /dev/null, and stand in "/"."""
     null = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1, 2):
-        if fd not in kept:
-            os.dup2(null, fd)
+    kept = sorted((request, answer))
+    for fd in {0, 1, 2}.difference(kept):
+        os.dup2(null, fd)
     first = 3
-    for fd in sorted(kept | {process.FD_MAX}):
+    for fd in (*kept, process.FD_MAX):
         if first < fd:
             process.close_range(first, fd - 1, 0)
         first = max(first, fd + 1)
     os.chdir("/")
 
 
-def _serve(duty: _Duty) -> None:
-    """Do what the launcher asks for, up to its COMMIT or its death."""
-    message = os.read(duty.request_fd, 1)
-    while message == MAP:
-        os.write(duty.answer_fd, _map(duty))
-        message = os.read(duty.request_fd, 1)
-    if message != COMMIT:
-        clean_up(duty.leftovers, duty.leased)
-    elif duty.leased or any(item.temporary for item in duty.leftovers):
-        _become_clean(duty)
-
-
-def _map(duty: _Duty) -> bytes:
-    """Write the maps and idmap the mounts; return the answer for the launcher."""
-    identity = duty.identity
+def _make_namespace(identity: "Identity", answer: int) -> "Holder | None":
+    """Make the user namespace and answer; return its holder."""
+    holder = None
     try:
-        write_maps(duty.launcher, identity)
-        for item in duty.mounts:
-            map_mount(item.fd, item.owner, (identity.uid, identity.gid), item.path)
+        holder = Holder(identity)
+        write_maps(holder.pid, identity)
+        words = (READY, str(holder.pid), "", "")
     except (HostError, SandboxError) as err:
-        return os.fsencode("\0".join((type(err).__name__, err.what, err.why, err.hint or "")))
-    return MAP
+        words = (type(err).__name__, err.what, err.why, err.hint or "")
+    os.write(answer, os.fsencode("\0".join(words)))
+    os.close(answer)
+    return holder
 
 
-def _become_clean(duty: _Duty) -> None:
+def _follow_launch(request: int, holder: "Holder | None") -> "list[Leftover]":
+    """Follow the launch to its COMMIT; return what has to go at QEMU's end.
+
+    When it ends without, everything that it created is removed, and this process ends.
+    """
+    leftovers: "list[Leftover]" = []
+    for message in _read_messages(request):
+        if message == JOINED and holder is not None:
+            holder.let_go()
+            holder = None
+        elif message == COMMIT:
+            return [item for item in leftovers if item.temporary]
+        elif message != JOINED:
+            leftovers.append(decode(message))
+    from qemu_userns.supervisor.cleanup import clean_up
+
+    if holder is not None:
+        holder.let_go()
+    clean_up(leftovers, leased=True)
+    os._exit(0)
+
+
+def _read_messages(request: int) -> "Iterator[str]":
+    """Yield the messages of a pipe up to its end."""
+    data = b""
+    while True:
+        chunk = os.read(request, _SIZE_BYTES)
+        if not chunk:
+            return
+        *messages, data = (data + chunk).split(b"\0")
+        for message in messages:
+            yield os.fsdecode(message)
+
+
+def _become_clean(request: int, leftovers: "list[Leftover]", leased: bool) -> None:
     """Execute main.py in a fresh interpreter; what it has to remove goes in by a memfd, not by its command line."""
     state = os.memfd_create("qemu-userns-supervisor", 0)
-    os.write(state, encode(duty.leftovers))
-    os.set_inheritable(duty.request_fd, True)
+    os.write(state, os.fsencode("".join(f"{encode(item)}\0" for item in leftovers)))
+    os.set_inheritable(request, True)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
-    words = ["qemu-userns-supervisor", "-I", "-S", script, str(duty.request_fd), str(state), "leased" if duty.leased else "own"]
+    words = ["qemu-userns-supervisor", "-I", "-S", script, str(request), str(state), "leased" if leased else "own"]
     os.execve(sys.executable, words, {"PATH": os.defpath})

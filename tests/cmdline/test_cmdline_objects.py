@@ -217,6 +217,13 @@ def test_replace(option: str, value: str, key: str, new: str | bool | int, expec
             [("file.locking", "on"), ("file.cache.no-flush", False), ("file.new.x", "y")],
             '{"file":{"driver":"file","locking":"on","new":{"x":"y"},"cache":{"direct":true,"no-flush":false}}}',
         ),
+        (
+            "-blockdev",
+            '{"driver":"qcow2"}',
+            ["driver"],
+            [("backing.driver", "raw"), ("backing.file.driver", "file"), ("backing.file.filename", "/b")],
+            '{"backing":{"driver":"raw","file":{"driver":"file","filename":"/b"}}}',
+        ),
         ("-blockdev", '{"c":["a","b"]}', ["c.0"], [], '{"c":["b"]}'),
     ],
 )
@@ -275,6 +282,13 @@ def test_drop() -> None:
     line = read("-S", "-runas", "lxd", "disk", "-kernel", "k")
     edits = [drop(line.options[0], "test"), drop(line.options[1], "test"), drop(line.options[2], "test")]
     assert written(line, *edits) == ["-kernel", "k"]
+
+
+def test_a_value_cannot_be_an_object_too() -> None:
+    found = read("-blockdev", "{}").objects[0]
+    for keys in (["a", "a.b"], ["a.b", "a"]):
+        with pytest.raises(ValueError, match="both"):
+            apply_edits("{}", [append(found, key, "x", "test") for key in keys])
 
 
 def test_overlap_is_refused() -> None:

@@ -15,7 +15,9 @@ def find_binaries() -> Iterator[Path]:
     seen = set()
     for path in sorted(Path("/usr/bin").glob("qemu-system-*")):
         real = path.resolve()
-        if real not in seen and os.access(real, os.X_OK) and real.open("rb").read(4) == b"\x7fELF":
+        with real.open("rb") as file:
+            is_program = file.read(4) == b"\x7fELF"
+        if real not in seen and is_program and os.access(real, os.X_OK):
             seen.add(real)
             yield path
 

@@ -1,19 +1,16 @@
-"""Read a command line and the host, and build the plan: what both `run` and `explain` start with."""
+"""Read what somebody asks for: the configuration, QEMU's command line, and from both who QEMU will be."""
 
 import os
 
-from qemu_userns.catalogue.needs import find_needs
 from qemu_userns.cmdline.objects import find_readconfigs, parse
 from qemu_userns.cmdline.table import BUILTIN
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.accounts import find_account, look_at_caller
 from qemu_userns.host.cache import cache_dir
 from qemu_userns.host.config import config_paths, configured_qemu, load_config, parse_userns_option
-from qemu_userns.host.facts import look_at_host
 from qemu_userns.host.identity import find_identity
 from qemu_userns.host.paths import find_fd
 from qemu_userns.host.qemu import find_qemu, probe_qemu
-from qemu_userns.plan.build import Program, Settings, build_plan
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
@@ -24,8 +21,8 @@ if TYPE_CHECKING:
     from qemu_userns.host.config import Config
     from qemu_userns.host.leases import Lease
     from qemu_userns.host.qemu import QemuFacts
-    from qemu_userns.plan.facts import Account
-    from qemu_userns.plan.plan import Plan
+    from qemu_userns.plan.facts import Account, Caller
+    from qemu_userns.plan.identity import Identity
 
 _CONFIG_MAX_BYTES = 16 << 20
 
@@ -40,10 +37,14 @@ class Request(Record):
     preview: bool = False  # nothing is leased
 
 
-class Prepared(Record):
-    """A plan, and what it holds already."""
+class Start(Record):
+    """What is known once the command line is read: enough for the supervisor to begin."""
 
-    plan: "Plan"
+    qemu: "QemuFacts"
+    config: "Config"
+    caller: "Caller"
+    commandline: "CommandLine"
+    identity: "Identity"
     lease: "Lease | None"  # its fd is owned
 
 
@@ -60,8 +61,8 @@ def read_settings(request: Request) -> "Config":
     return parse_userns_option(request.settings, files, "qemu-userns run")
 
 
-def prepare(request: Request, config: "Config") -> Prepared:
-    """Build the plan.
+def read_request(request: Request, config: "Config") -> Start:
+    """Read the command line, and find out who QEMU will be.
 
     Should: run with the caller's rights.
     Must not: change anything on the host but take a lease, and not even that for a preview.
@@ -75,14 +76,8 @@ def prepare(request: Request, config: "Config") -> Prepared:
     for obj in commandline.objects:
         if obj.kind == "userns":
             config = parse_userns_option([(member.key, member.value) for member in obj.members], config)
-    needs = find_needs(commandline.objects)
     identity, lease = find_identity(caller, _find_user(commandline), config, _preferred(commandline), request.preview)
-    extra_dirs = tuple(qemu.library_dirs) + tuple(request.environ.get("QEMU_MODULE_DIR", "").split())
-    program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
-    facts = look_at_host(needs, caller, identity, request.environ, qemu.path, extra_dirs)
-    settings = Settings(config.fs == "host", config.sandbox, "landlock" in config.require)
-    plan = build_plan(request.argv[0], commandline, needs, facts, identity, program, settings, lease is not None)
-    return Prepared(plan, lease)
+    return Start(qemu, config, caller, commandline, identity, lease)
 
 
 def read_commandline(words: "tuple[str, ...]", qemu: "QemuFacts") -> "CommandLine":

@@ -1,0 +1,168 @@
+"""Make user namespaces with maps, for QEMU to join and for idmapped mounts.
+
+Theory of operation. A user namespace needs a process to be born in. That is the holder, a child that unshares, says so, and
+waits to be let go; meanwhile its maps are written from outside, and whoever opens /proc/HOLDER/ns/user keeps the namespace.
+"""
+
+import os
+
+from qemu_userns.errors import HostError, SandboxError
+from qemu_userns.linux import mount, process
+from qemu_userns.plan.identity import NEWIDMAP
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qemu_userns.plan.identity import Identity, MapEntry
+
+_EPERM, _EACCES, _ENOSPC, _EINVAL = 1, 13, 28, 22
+_EPERM_HINT = (
+    "allow unprivileged user namespaces: sysctl kernel.unprivileged_userns_clone=1 on older Debian kernels, "
+    "kernel.apparmor_restrict_unprivileged_userns=0 or an AppArmor profile on Ubuntu; in a container, its seccomp profile"
+)
+_ENOSPC_HINT = "raise user.max_user_namespaces with sysctl; 0 switches user namespaces off"
+
+
+class Holder:
+    """A process in a user namespace of its own that waits to be let go."""
+
+    def __init__(self, owner: "Identity | None") -> None:
+        """Start it.
+
+        Args:
+            owner: whom the namespace shall belong to, where this process is root and has to become it first; None for itself.
+
+        Raises:
+            HostError: user namespaces are forbidden or used up here.
+        """
+        self._ready, ready_write = os.pipe()
+        hold_read, self._hold = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _hold(owner, ready_write, hold_read, self._hold)
+        os.close(ready_write)
+        os.close(hold_read)
+        code = os.read(self._ready, 16)
+        if code != b"0":
+            self.let_go()
+            raise _explain_refusal(int(code or b"0"))
+
+    def let_go(self) -> None:
+        """End the holder and wait for it."""
+        os.close(self._hold)
+        os.close(self._ready)
+        os.waitpid(self.pid, 0)
+
+
+def _hold(owner: "Identity | None", ready: int, hold: int, other_end: int) -> None:
+    """Be the holder: unshare, say 0 or the errno, and wait for the pipe to end."""
+    code = 0
+    try:
+        os.close(other_end)
+        if owner is not None and owner.switch:
+            process.set_ids(owner.uid, owner.gid, owner.groups)
+        process.unshare(process.CLONE_NEWUSER)
+        # Forbidden before any gid map is written, also where newgidmap would leave it allowed: a process that can drop a
+        # group can read what the group is denied (CVE-2014-8989). QEMU's groups are set already.
+        write_file("/proc/self/setgroups", "deny")
+    except OSError as err:
+        code = err.errno or _EINVAL
+    os.write(ready, str(code).encode())
+    if code == 0:
+        os.read(hold, 1)
+    os._exit(0)
+
+
+def write_maps(pid: int, identity: "Identity") -> None:
+    """Write the maps of a holder.
+
+    Should: run outside, as root or as the holder's own user.
+
+    Raises:
+        HostError: newuidmap or newgidmap is missing or refuses.
+        SandboxError: the kernel refuses.
+    """
+    if identity.method == NEWIDMAP:
+        from qemu_userns.host.newidmap import run_newidmap
+
+        run_newidmap(pid, identity.uid_map, identity.gid_map)
+        return
+    try:
+        write_file(f"/proc/{pid}/uid_map", _format(identity.uid_map))
+        write_file(f"/proc/{pid}/gid_map", _format(identity.gid_map))
+    except OSError as err:
+        raise SandboxError("cannot write the id maps", err.strerror or str(err), _map_hint(err.errno)) from err
+
+
+def open_namespace(pid: int) -> int:
+    """Return an owned fd of a holder's user namespace."""
+    return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def map_mount(fd: int, owner: "tuple[int, int]", shown_as: "tuple[int, int]", path: str) -> None:
+    """Make a detached mount show files of `owner` as files of `shown_as`: mount_setattr(2), "ID-mapped mounts".
+
+    Should: run as root outside.
+    Must not: leave the mount writable; QEMU could create files of `owner` through it.
+
+    Args:
+        fd: the detached mount; borrowed.
+        owner: uid and gid of the files.
+        shown_as: outside uid and gid of QEMU.
+        path: for the error text.
+
+    Raises:
+        HostError: the file system cannot be idmapped.
+    """
+    holder = Holder(None)
+    try:
+        write_file(f"/proc/{holder.pid}/uid_map", f"{owner[0]} {shown_as[0]} 1")
+        write_file(f"/proc/{holder.pid}/gid_map", f"{owner[1]} {shown_as[1]} 1")
+        namespace = open_namespace(holder.pid)
+        try:
+            attributes = mount.MOUNT_ATTR_IDMAP | mount.MOUNT_ATTR_RDONLY
+            mount.mount_setattr(fd, "", mount.AT_EMPTY_PATH | mount.AT_RECURSIVE, attributes, namespace)
+        finally:
+            os.close(namespace)
+    except OSError as err:
+        raise HostError(
+            f"cannot show {path} to QEMU",
+            f"only its owner may read it, and an idmapped mount of it fails: {err.strerror}",
+            "make it readable for QEMU's id, or move it to a file system that can be idmapped (ext4, xfs, btrfs, tmpfs)",
+        ) from err
+    finally:
+        holder.let_go()
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a kernel file in the one write(2) that it takes."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def _format(entries: "Sequence[MapEntry]") -> str:
+    """Return a map as the kernel reads it."""
+    return "\n".join(f"{entry.inside} {entry.outside} {entry.count}" for entry in entries)
+
+
+def _explain_refusal(code: int) -> HostError:
+    """Say why there is no user namespace, and what to do about it."""
+    what = "cannot make a user namespace"
+    if code == _ENOSPC:
+        return HostError(what, "the limit is reached", _ENOSPC_HINT)
+    return HostError(
+        what,
+        os.strerror(code) if code else "the process that makes it was killed",
+        _EPERM_HINT if code in (_EPERM, _EACCES) else None,
+    )
+
+
+def _map_hint(code: "int | None") -> "str | None":
+    """Say what an errno of a map write means: user_namespaces(7)."""
+    if code == _EINVAL:
+        return "the entries overlap or are more than 340"
+    return "these ids are not this process's to map; in a container, only the ids that it has itself" if code == _EPERM else None

@@ -1,0 +1,34 @@
+"""Look at the host, and build the plan: for `run` to carry out and for `explain` to print."""
+
+from qemu_userns.catalogue.needs import find_needs
+from qemu_userns.host.facts import look_at_host
+from qemu_userns.plan.build import Program, Settings, build_plan
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qemu_userns.plan.plan import Plan
+    from qemu_userns.request import Request, Start
+
+
+def make_plan(start: "Start", request: "Request") -> "Plan":
+    """Look at the host and build the plan; no side effects.
+
+    Raises:
+        QemuUsernsError: as `read_request`.
+    """
+    qemu, config = start.qemu, start.config
+    needs = find_needs(start.commandline.objects)
+    extra_dirs = (*qemu.library_dirs, *qemu.data_dirs, *_module_dirs(request.environ))
+    facts = look_at_host(needs, start.caller, start.identity, request.environ, qemu.path, extra_dirs)
+    program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
+    settings = Settings(config.fs == "host", config.sandbox, "landlock" in config.require)
+    return build_plan(
+        request.argv[0], start.commandline, needs, facts, start.identity, program, settings, start.lease is not None
+    )
+
+
+def _module_dirs(environ: "Mapping[str, str]") -> "list[str]":
+    """Return where the caller has QEMU look for modules."""
+    return [path for path in (environ.get("QEMU_MODULE_DIR"),) if path]
