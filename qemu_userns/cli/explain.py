@@ -64,7 +64,8 @@ def _describe_confinement(plan: "Plan") -> "list[dict[str, str]]":
         {"what": "capabilities inside", "value": kept},
         {"what": "no_new_privs", "value": "on"},
         {"what": "namespaces inside", "value": "forbidden"},
-        {"what": "Landlock", "value": f"files: the view; scoped: {scopes or 'nothing'}"},
+        {"what": "Landlock", "value": f"files: the view; scoped: {scopes or 'nothing'}" if confinement.landlock_abi else "no"},
+        {"what": "seccomp filter of signals", "value": "on" if confinement.filter_signals else "not needed"},
         {"what": "-sandbox added", "value": confinement.sandbox or "no"},
     ]
 

@@ -105,3 +105,23 @@ class IntResult(Scalar):
     def address(self) -> int:
         """Where the int lies."""
         return addressof(self)
+
+
+class _Text(Scalar):
+    """A C string pointer, which keeps its bytes alive and in place."""
+
+    _type_ = "z"
+
+
+class Pinned:
+    """Bytes at a known address, for a structure that points to another one."""
+
+    def __init__(self, data: bytes) -> None:
+        """Keep `data`."""
+        self._pointer = _Text(data)
+        self.address = int(_Word.from_address(addressof(self._pointer)).value)
+
+
+def pin(data: bytes) -> Pinned:
+    """Return bytes at a known address; they stay as long as the result."""
+    return Pinned(data)

@@ -5,7 +5,7 @@ from qemu_userns.cmdline.source import apply_edits, drop
 from qemu_userns.cmdline.table import BUILTIN
 from qemu_userns.plan.base import BASE, LINKS, PRIVATE, PTMX
 from qemu_userns.plan.draft import Draft
-from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY
+from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, LANDLOCK_ABI_WITH_SCOPES
 from qemu_userns.plan.grants import READ, Bind, Consume, Copy, CreateDir, Link, Listen, Private, Reserved
 from qemu_userns.plan.handover import hand_over
 from qemu_userns.plan.plan import Confinement, Plan, Rewrite
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qemu_userns.plan.identity import Identity
 
 _SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1, 2
+# On ABI 1 (Linux 5.13 to 5.18) every rename between directories is refused, which breaks 9p shares.
+_LOWEST_LANDLOCK_ABI = 2
 _DISPLAYS_WITH_SOCKETS = ("gtk", "sdl", "dbus", "spice-app")
 _SPAWNING_NETDEVS = ("tap", "bridge", "passt")
 _SPAWNING_OPTIONS = frozenset(("daemonize", "async-teardown"))
@@ -84,6 +86,7 @@ def build_plan(
         draft.add(Reserved("the lease of QEMU's ids ends when its last process does", "lease", draft.next_fd()))
     if leased or any(isinstance(grant, CreateDir | Listen) or getattr(grant, "temporary", False) for grant in draft.grants):
         draft.add(Reserved("its end tells the supervisor that QEMU has ended", "supervisor", draft.next_fd()))
+    confinement = _choose_confinement(draft, commandline, settings, sandbox)
     words, copies = commandline.print_words(draft.edits)
     rewrites = _find_rewrites(commandline, draft.edits, words, copies)
     _add_copies(draft, commandline, copies)
@@ -96,7 +99,7 @@ def build_plan(
         tuple(draft.grants),
         (*rewrites, *(Rewrite("added", "", word, "") for word in draft.words)),
         tuple(option.spelled for option in commandline.options if option.name and BUILTIN.find(option.name) is None),
-        Confinement(draft.capabilities, _choose_scopes(commandline), settings.require_landlock, sandbox),
+        confinement,
         tuple(([identity.warning] if identity.warning else []) + draft.warnings),
     )
 
@@ -176,6 +179,23 @@ def _spawns(commandline: "CommandLine") -> bool:
         or (obj.get("value") or "").startswith("mon:")
         for obj in commandline.objects
     )
+
+
+def _choose_confinement(draft: Draft, commandline: "CommandLine", settings: Settings, sandbox: "str | None") -> Confinement:
+    """Choose what this kernel can confine with; refuse or warn where it cannot do enough."""
+    abi = draft.facts.landlock_abi if draft.facts.landlock_abi >= _LOWEST_LANDLOCK_ABI else 0
+    if not abi and settings.require_landlock:
+        draft.refuse("require=landlock", "this kernel does not offer it", "boot Linux 5.19 or later with lsm=landlock,...")
+    if abi >= LANDLOCK_ABI_WITH_SCOPES:
+        return Confinement(draft.capabilities, abi, _choose_scopes(commandline), False, sandbox)
+    # The child of -daemonize has a pid that the filter cannot know.
+    filtered = draft.facts.signal_filter and all(option.name != "daemonize" for option in commandline.options)
+    if not filtered and draft.identity.uid == draft.facts.caller.account.uid:
+        draft.warnings.append(
+            "QEMU can signal the caller's other processes: this kernel's Landlock does not scope signals (Linux 6.12 does), and "
+            "a seccomp filter does not go with -daemonize"
+        )
+    return Confinement(draft.capabilities, abi, 0, filtered, sandbox)
 
 
 def _choose_scopes(commandline: "CommandLine") -> int:

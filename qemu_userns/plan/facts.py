@@ -16,6 +16,8 @@ REGULAR, DIRECTORY, SOCKET, FIFO, BLOCK, CHARACTER, ABSENT = (
     "absent",
 )
 
+LANDLOCK_ABI_WITH_SCOPES = 6  # Linux 6.12
+
 
 class PathFact(Record):
     """What a path leads to, as the caller sees it."""
@@ -84,4 +86,5 @@ class HostFacts(Record):
     images: "Mapping[str, tuple[ImageFact, ...]]"  # by the path of the operator's image
     base: "tuple[PathFact, ...]"  # what every view holds, where it exists
     environment: "Mapping[str, str]"
-    data_dirs: "tuple[str, ...]" = ()
+    landlock_abi: int = 0  # 0: the kernel has none
+    signal_filter: bool = False  # whether a seccomp filter of signals can be built for this machine

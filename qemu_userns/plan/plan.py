@@ -21,8 +21,9 @@ class Confinement(Record):
     """What QEMU may do once it runs."""
 
     capabilities: "frozenset[int]"  # kept inside the namespace; none of them reaches outside it
+    landlock_abi: int  # level of the kernel's Landlock that is used, 0 for none
     scoped: int  # Landlock scopes
-    require_landlock: bool
+    filter_signals: bool  # by seccomp, where Landlock does not scope them
     sandbox: (
         "str | None"  # value of the -sandbox option that is added, None when the command line says its own or the build lacks it
     )

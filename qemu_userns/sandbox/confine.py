@@ -3,7 +3,7 @@
 import errno
 import os
 
-from qemu_userns.errors import HostError, SandboxError
+from qemu_userns.errors import SandboxError
 from qemu_userns.linux import landlock, process
 from qemu_userns.sandbox.namespaces import limit_namespaces
 
@@ -12,10 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from qemu_userns.plan.plan import Confinement
-
-# On ABI 1 (Linux 5.13 to 5.18) every rename between directories is refused, which breaks 9p shares.
-_LOWEST_LANDLOCK_ABI = 2
-_LANDLOCK_ABI_WITH_SCOPES = 6
 
 
 def confine(confinement: "Confinement", reopened_fds: "Iterable[int]") -> None:
@@ -30,12 +26,16 @@ def confine(confinement: "Confinement", reopened_fds: "Iterable[int]") -> None:
 
     Raises:
         SandboxError: a step failed.
-        HostError: Landlock is required and not there.
     """
     limit_namespaces()
     try:
         process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
-        _restrict_files(confinement, reopened_fds)
+        if confinement.landlock_abi:
+            _restrict_files(confinement.landlock_abi, confinement.scoped, reopened_fds)
+        if confinement.filter_signals:
+            from qemu_userns.linux.seccomp import confine_signals
+
+            confine_signals(os.getpid())
         _drop_capabilities(confinement.capabilities)
     except OSError as err:
         raise SandboxError("cannot confine QEMU", err.strerror or str(err)) from err
@@ -55,14 +55,8 @@ def pass_fds(kept: "Iterable[int]") -> None:
         raise SandboxError("cannot pass file descriptors to QEMU", err.strerror or str(err)) from err
 
 
-def _restrict_files(confinement: "Confinement", reopened_fds: "Iterable[int]") -> None:
+def _restrict_files(abi: int, scoped: int, reopened_fds: "Iterable[int]") -> None:
     """Let Landlock allow the view's root and nothing else; the walk crosses mounts upwards, so later binds are covered."""
-    abi = landlock.probe_landlock()
-    if abi < _LOWEST_LANDLOCK_ABI:
-        if confinement.require_landlock:
-            raise HostError("Landlock is required", "this kernel does not offer it", "boot with lsm=landlock,... (Linux 5.19)")
-        return
-    scoped = confinement.scoped if abi >= _LANDLOCK_ABI_WITH_SCOPES else 0
     ruleset = landlock.landlock_create_ruleset(abi, scoped)
     root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

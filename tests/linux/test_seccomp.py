@@ -1,0 +1,64 @@
+"""The seccomp filter that keeps signals inside one process, on the running kernel."""
+
+import fcntl
+import os
+import signal
+import struct
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from qemu_userns.linux import process, seccomp
+
+
+def errno_in_filtered_child(action: "Callable[[], object]") -> int:
+    """Run `action` in a child under the filter; return 0, or the errno that it met."""
+    child = os.fork()
+    if child == 0:
+        code = 255
+        try:
+            process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
+            seccomp.confine_signals(os.getpid())
+            action()
+            code = 0
+        except OSError as err:
+            code = err.errno or 255
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def signal_own_thread() -> None:
+    worker = threading.Thread(target=signal.pthread_kill, args=(threading.get_ident(), 0))
+    worker.start()
+    worker.join()
+
+
+@pytest.mark.skipif(not seccomp.knows_machine(), reason="system call numbers of this machine are not known")
+@pytest.mark.parametrize(
+    ("action", "errno"),
+    [
+        pytest.param(lambda: os.kill(os.getpid(), 0), 0, id="kill itself"),
+        pytest.param(lambda: signal.raise_signal(signal.SIGCHLD), 0, id="raise"),
+        pytest.param(signal_own_thread, 0, id="signal its own thread"),
+        pytest.param(lambda: fcntl.fcntl(2, fcntl.F_GETFL), 0, id="fcntl"),
+        pytest.param(lambda: os.kill(os.getppid(), 0), 1, id="kill its parent"),
+        pytest.param(lambda: os.kill(-1, 0), 1, id="kill all"),
+        pytest.param(lambda: os.killpg(0, 0), 1, id="kill its group"),
+        pytest.param(lambda: signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 0), 1, id="signal by pidfd"),
+        pytest.param(lambda: fcntl.fcntl(2, fcntl.F_SETOWN, os.getppid()), 1, id="own an fd for another process"),
+    ],
+)
+def test_signals_stay_inside_the_process(action: "Callable[[], object]", errno: int) -> None:
+    assert errno_in_filtered_child(action) == errno
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64", "loongarch64", "ppc64le", "s390x"])
+def test_jumps_of_the_filter_stay_in_it_and_it_ends_in_a_return(machine: str) -> None:
+    program = seccomp.build_filter(machine, 4242)
+    lines = list(struct.iter_unpack("HBBI", program))
+    for index, (code, true, false, _) in enumerate(lines):
+        if code in (0x15, 0x35):
+            assert index + 1 + max(true, false) < len(lines)
+    assert lines[-1][0] == 0x06
