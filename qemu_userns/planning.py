@@ -21,7 +21,7 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
     qemu, config = start.qemu, start.config
     needs = find_needs(start.commandline.objects)
     extra_dirs = (*qemu.library_dirs, *qemu.data_dirs, *_module_dirs(request.environ))
-    facts = look_at_host(needs, start.caller, start.identity, request.environ, qemu.path, extra_dirs)
+    facts = look_at_host(needs, start.commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra_dirs)
     program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
     settings = Settings(config.fs == "host", config.sandbox, "landlock" in config.require)
     return build_plan(

@@ -5,7 +5,12 @@ it before any slash.
 """
 
 from qemu_userns.catalogue import ways
+from qemu_userns.cmdline.objects import Object
 from qemu_userns.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _PLAIN = ("file", "host_device", "host_cdrom")
 # Options that stand before another name: fat:32:floppy:rw:DIR, blkdebug:CONFIG:IMAGE, blkverify:RAW:IMAGE
@@ -20,6 +25,41 @@ class NamedPath(Record):
     start: int  # its span in the decoded name, so that it can be replaced there
     end: int
     in_json: bool = False
+
+
+class Layer(Record):
+    """The format layer above a file: which object spells it, and with which prefix of its keys."""
+
+    obj: Object
+    prefix: str  # "" or "backing." or the like
+
+    @property
+    def format(self) -> "str | None":
+        """The format that the operator names, None when QEMU probes it."""
+        return self.obj.get(f"{self.prefix}driver") or (None if self.prefix else self.obj.get("format"))
+
+
+def find_layer(obj: Object, key: str, objects: "Iterable[Object]") -> "Layer | None":
+    """Find the format layer of the file that a member names.
+
+    Args:
+        obj: the object that has the member.
+        key: the member: "file" of -drive, "value" of -hda, "file.filename" at any depth, "filename" of a protocol node.
+        objects: all of them, to find who refers to a protocol node by its node-name.
+
+    Returns:
+        None for a protocol node that nothing refers to.
+    """
+    if key.endswith("file.filename"):
+        return Layer(obj, key.removesuffix("file.filename"))
+    if key != "filename":
+        return Layer(obj, "")
+    node = obj.get("node-name")
+    for other in objects:
+        for member in other.members:
+            if node and member.value == node and member.key.rpartition(".")[2] == "file":
+                return Layer(other, member.key.removesuffix("file"))
+    return None
 
 
 def find_paths(name: str) -> "tuple[NamedPath, ...]":

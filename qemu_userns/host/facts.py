@@ -6,6 +6,7 @@ import os
 import struct
 
 from qemu_userns.catalogue import ways
+from qemu_userns.catalogue.images import find_layer
 from qemu_userns.host.paths import PathWalker
 from qemu_userns.linux.landlock import probe_landlock
 from qemu_userns.plan.base import BASE, KVM, PTMX
@@ -14,9 +15,10 @@ from qemu_userns.plan.grants import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from qemu_userns.catalogue.needs import Need
+    from qemu_userns.cmdline.objects import Object
     from qemu_userns.plan.facts import Caller
     from qemu_userns.plan.identity import Identity
 
@@ -26,6 +28,7 @@ _NOT_PATHS = (ways.FD, ways.CONSUME, ways.REFUSE, ways.KVM)
 
 def look_at_host(
     needs: "Iterable[Need]",
+    objects: "Sequence[Object]",
     caller: "Caller",
     identity: "Identity",
     environ: "Mapping[str, str]",
@@ -36,6 +39,7 @@ def look_at_host(
 
     Args:
         needs: of the command line.
+        objects: of the command line.
         caller: with whose rights this process looks.
         identity: with whose rights it follows what only an image's header names.
         environ: the caller's.
@@ -57,7 +61,7 @@ def look_at_host(
                 fact = look(path)
             _look_closer(need, fact, paths)
             if need.way == ways.IMAGE and fact.kind in (REGULAR, BLOCK) and fact.readable and fact.fd is None:
-                images[need.path] = _look_at_chain(need, _reader(caller, identity))
+                images[need.path] = _look_at_chain(need, objects, _reader(caller, identity))
                 for image in images[need.path]:
                     look(image.path)
     for path in (program, PTMX, KVM, *extra_dirs, *_temporary(environ)):
@@ -136,17 +140,12 @@ def _reader(caller: "Caller", identity: "Identity") -> "Callable[[str], bool]":
     return may_read
 
 
-def _look_at_chain(need: "Need", may_open: "Callable[[str], bool]") -> "tuple[ImageFact, ...]":
+def _look_at_chain(need: "Need", objects: "Iterable[Object]", may_open: "Callable[[str], bool]") -> "tuple[ImageFact, ...]":
     """Read which further files the header of an image names, with QEMU's probing rules: format=raw is never read."""
     from qemu_userns.host.images import find_chain
 
-    own = "" if need.member is None else need.member.key.rpartition(".")[0]
-    layer = own.rpartition(".")[0]
-    format_key, driver_key = ("format", f"{layer}.driver" if layer else "driver")
-    image_format = need.obj.get(driver_key) or need.obj.get(format_key)
-    if not own and need.obj.get("driver") in ("file", "host_device", "host_cdrom"):
-        image_format = "raw"  # a protocol node alone: what lies above it names it by node-name
-    chain = find_chain(need.path, format=image_format, may_open=may_open)
+    layer = None if need.member is None else find_layer(need.obj, need.member.key, objects)
+    chain = find_chain(need.path, format="raw" if layer is None else layer.format, may_open=may_open)
     return tuple(
         ImageFact(file.path, file.format, file.role, need.path) for file in chain if file.role != "image" and not file.unresolved
     )

@@ -52,7 +52,7 @@ class Holder:
         """End the holder and wait for it."""
         os.close(self._hold)
         os.close(self._ready)
-        os.waitpid(self.pid, 0)
+        process.reap(self.pid)
 
 
 def _hold(owner: "Identity | None", ready: int, hold: int, other_end: int) -> None:
@@ -62,6 +62,8 @@ def _hold(owner: "Identity | None", ready: int, hold: int, other_end: int) -> No
         os.close(other_end)
         if owner is not None and owner.switch:
             process.set_ids(owner.uid, owner.gid, owner.groups)
+            # Not dumpable, this process's files in /proc would be root's, setgroups among them.
+            process.prctl(process.PR_SET_DUMPABLE, 1)
         process.unshare(process.CLONE_NEWUSER)
         # Forbidden before any gid map is written, also where newgidmap would leave it allowed: a process that can drop a
         # group can read what the group is denied (CVE-2014-8989). QEMU's groups are set already.

@@ -55,6 +55,14 @@ def set_ids(uid: int, gid: int, groups: "tuple[int, ...]") -> None:
     os.setresuid(uid, uid, uid)
 
 
+def reap(pid: int) -> None:
+    """Wait for a child, which the kernel reaps itself where the caller ignores SIGCHLD (waitpid(2), ECHILD)."""
+    try:
+        os.waitpid(pid, 0)
+    except ChildProcessError:
+        return
+
+
 def prctl(option: int, *arguments: int) -> int:
     """Make the call with integer arguments."""
     return call(_prctl, option, *arguments, *(0,) * (4 - len(arguments)))
@@ -79,7 +87,7 @@ def close_range(first: int, last: int, flags: int) -> None:
     syscall(436, first, last, flags)
 
 
-SIGPIPE, SIGXFSZ, SIG_DFL = 13, 25, 0
+SIGPIPE, SIGCHLD, SIGXFSZ, SIG_DFL = 13, 17, 25, 0
 _signal = find_function("signal", 2)
 
 

@@ -201,7 +201,8 @@ def _replace_path_by_fd(draft: "Draft", need: "Need", number: int) -> None:
     why = f"{need.path} is made outside and passed as fd {number}"
     if need.legacy is None:
         if need.member is not None:
-            draft.edits += (remove(need.obj, need.member, why), append(need.obj, "fd", str(number), why))
+            draft.edits += (remove(need.obj, member, why) for member in need.obj.find_all(need.member.key))
+            draft.edits.append(append(need.obj, "fd", str(number), why))
     else:
         draft.legacy_to_chardev(need, number, why)
 

@@ -1,5 +1,6 @@
 """Hand over what the block layer opens. Pure."""
 
+from qemu_userns.catalogue.images import find_layer
 from qemu_userns.cmdline.source import append, replace
 from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, REGULAR
 from qemu_userns.plan.grants import READ, WRITE, Node, OpenFd
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import CommandLine
     from qemu_userns.plan.draft import Draft
-    from qemu_userns.plan.facts import PathFact
+    from qemu_userns.plan.facts import ImageFact, PathFact
 
 _O_RDONLY, _O_RDWR = 0, 2
 
@@ -90,22 +91,23 @@ def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact") -> None:
         value = need.member.value[: part.start] + text + need.member.value[part.end :]
     draft.edits.append(replace(need.member, value, why))
     if relative:
-        _name_backing(draft, need, relative[0].path, relative[0].format)
+        _name_backing(draft, need, relative[0])
 
 
-def _name_backing(draft: "Draft", need: "Need", path: str, image_format: str) -> None:
+def _name_backing(draft: "Draft", need: "Need", backing: "ImageFact") -> None:
     """Name the backing file of an image in an fdset: its header's name would be looked for beside /dev/fdset/N."""
     member = need.member
-    if member is None or member.form == "word" or need.obj.get("backing.file.filename") or need.obj.get("backing"):
-        if member is not None and member.form == "word":
-            draft.refuse(
-                f"{need.describe()} {need.path}",
-                f"it has a backing file, and QEMU's id {draft.identity.uid} may not write it",
-                "use -drive file=..., which can name the backing file too, or -run-with user= with its owner",
-            )
+    layer = None if member is None else find_layer(need.obj, member.key, draft.objects)
+    if layer is None or any(layer.obj.find(f"{layer.prefix}{key}") for key in ("backing", "backing.file.filename")):
         return
-    prefix = member.key.rpartition("file.filename")[0] if member.key.endswith("file.filename") else ""
+    if layer.obj.form == "word":
+        draft.refuse(
+            f"{need.describe()} {need.path}",
+            f"it has a backing file, and QEMU's id {draft.identity.uid} may not write it",
+            "use -drive file=..., which can name the backing file too, or -run-with user= with its owner",
+        )
+        return
     why = f"the backing file of {need.path}, which its fdset cannot lead to"
-    draft.edits.append(append(need.obj, f"{prefix}backing.driver", image_format or "raw", why))
-    draft.edits.append(append(need.obj, f"{prefix}backing.file.driver", "file", why))
-    draft.edits.append(append(need.obj, f"{prefix}backing.file.filename", path, why))
+    driver = (("backing.driver", backing.format or "raw"), ("backing.file.driver", "file"))
+    for key, value in (*driver, ("backing.file.filename", backing.path)):
+        draft.edits.append(append(layer.obj, f"{layer.prefix}{key}", value, why))

@@ -72,7 +72,7 @@ class Supervisor:
     def commit(self) -> None:
         """Say that QEMU is about to run, and reap the process in between, which QEMU would never do."""
         self._send(COMMIT)
-        os.waitpid(self._child, 0)
+        process.reap(self._child)
 
     def _send(self, message: str) -> None:
         """Send a message; they end with a NUL."""
@@ -111,6 +111,7 @@ def _run_child(request: int, answer: int, identity: "Identity", leased: bool) ->
         os.setsid()
         if os.fork() == 0:
             _leave_caller(request, answer)
+            process.reset_signal(process.SIGCHLD)  # ignored, the exit status of newuidmap would be lost
             holder = _make_namespace(identity, answer)
             leftovers = _follow_launch(request, holder)
             if leftovers or leased:
