@@ -2,7 +2,8 @@
 
 1 parse the command line and find the identity; 2 fork the supervisor, which makes the user namespace meanwhile; 3 look at the
 host and build the plan (planning.py); 4 open what is to be opened, with the caller's rights; 5 take the namespace with its
-maps from the supervisor; 6 become the outside identity and join it; 7 build the view; 8 confine; 9 pass the fds; 10 execve.
+maps from the supervisor; 6 become the outside identity and join it; 7 build the view; 8 forbid further namespaces and confine;
+9 pass the fds; 10 execve.
 """
 
 import errno
@@ -51,7 +52,7 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     from qemu_userns.host.opening import Opened, open_grants
     from qemu_userns.planning import make_plan
     from qemu_userns.sandbox.confine import confine, pass_fds
-    from qemu_userns.sandbox.namespaces import become, join
+    from qemu_userns.sandbox.namespaces import NamespaceLimits, become, join
     from qemu_userns.sandbox.view import build_view, overlay_host
 
     plan = make_plan(start, request)
@@ -69,7 +70,9 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     if plan.identity.switch:
         become(plan.identity)
     join(namespace)
+    limits = NamespaceLimits()
     (overlay_host if plan.whole_host else build_view)(opened, plan.cwd)
+    limits.forbid_all()
     confine(plan.confinement, _find_reopened(plan))
     pass_fds([*opened.passed, *_keep_pipe(plan, supervisor)])
     supervisor.commit()

@@ -3,6 +3,7 @@
 import os
 import stat
 
+from qemu_userns.host.realpath import Parent
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
@@ -33,12 +34,13 @@ def remove(leftovers: "Iterable[Leftover]") -> None:
     """Remove each that is still the one that was created; what cannot be removed stays, as there is nobody to tell."""
     for item in leftovers:
         try:
-            found = os.lstat(item.path)
-            if (found.st_dev, found.st_ino) != item.inode:
-                continue
-            if stat.S_ISDIR(found.st_mode):
-                os.rmdir(item.path)
-            else:
-                os.unlink(item.path)
+            with Parent(item.path) as parent:
+                found = parent.status()
+                if (found.st_dev, found.st_ino) != item.inode:
+                    continue
+                if stat.S_ISDIR(found.st_mode):
+                    os.rmdir(parent.name, dir_fd=parent.fd)
+                else:
+                    os.unlink(parent.name, dir_fd=parent.fd)
         except OSError:
             continue

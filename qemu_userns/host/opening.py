@@ -5,6 +5,7 @@ import stat
 
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.leftovers import Leftover, remove
+from qemu_userns.host.realpath import Parent, open_real
 from qemu_userns.host.usernamespace import map_mount
 from qemu_userns.linux import mount
 from qemu_userns.plan.grants import Bind, Connect, Create, CreateDir, Grant, KeepFd, Listen, Node, OpenFd, Reserved
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
     from qemu_userns.plan.layout import Placed
     from qemu_userns.plan.plan import Plan
-
-_CLONE = mount.OPEN_TREE_CLONE | mount.AT_RECURSIVE | mount.AT_SYMLINK_NOFOLLOW
 
 
 class Opened:
@@ -91,7 +90,11 @@ def clone_bind(path: str, inode: "tuple[int, int] | None") -> int:
         ResourceError: the path cannot be copied, or is no longer what the plan saw.
     """
     try:
-        fd = mount.open_tree(mount.AT_FDCWD, path, _CLONE)
+        place = open_real(path, os.O_PATH)
+        try:
+            fd = mount.open_tree(place, "", mount.OPEN_TREE_CLONE | mount.AT_RECURSIVE | mount.AT_EMPTY_PATH)
+        finally:
+            os.close(place)
     except OSError as err:
         raise ResourceError(f"cannot show {path} to QEMU", err.strerror or str(err)) from err
     if inode is not None:
@@ -114,12 +117,10 @@ def _open(grant: Grant, plan: "Plan", lease_fd: "int | None", opened: Opened) ->
         case Reserved(what="ptmx"):
             _number(os.open("/dev/ptmx", os.O_PATH | os.O_CLOEXEC), grant.number, opened)
         case Reserved(content=str(text)):
+            # QEMU opens it anew by its name, at the start; whoever reads the fd itself finds it at its end, as after a pipe.
             memory = os.memfd_create("qemu-userns-config", os.MFD_CLOEXEC)
             os.write(memory, os.fsencode(text))
-            os.lseek(memory, 0, os.SEEK_SET)
-            os.dup2(memory, grant.number)
-            os.close(memory)
-            opened.passed.append(grant.number)
+            _number(memory, grant.number, opened)
         case Create():
             _create(grant, plan, opened)
         case CreateDir():
@@ -139,7 +140,7 @@ def _number(fd: int, number: int, opened: Opened) -> None:
 
 def _open_checked(grant: OpenFd) -> int:
     """Open a file that QEMU shall have; return an owned fd."""
-    fd = os.open(grant.path, grant.flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+    fd = open_real(grant.path, grant.flags | os.O_NONBLOCK | os.O_NOCTTY)
     found = os.fstat(fd)
     if (found.st_dev, found.st_ino) != grant.inode or not stat.S_ISREG(found.st_mode):
         os.close(fd)
@@ -151,19 +152,19 @@ def _open_checked(grant: OpenFd) -> int:
 def _create(grant: Create, plan: "Plan", opened: Opened) -> None:
     """Create an empty file for QEMU, or note that the one that is there stays."""
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    if grant.overwrites:
-        os.unlink(grant.path)
-    try:
-        fd = os.open(grant.path, flags, grant.mode)
-    except FileExistsError:
-        found = os.lstat(grant.path)
-        if not stat.S_ISREG(found.st_mode):
-            raise
-        if grant.temporary:
-            opened.created(grant.path, found, True)
-        return
-    found = os.fstat(fd)
-    opened.created(grant.path, found, grant.temporary)
+    with Parent(grant.path) as parent:
+        if grant.overwrites:
+            os.unlink(parent.name, dir_fd=parent.fd)
+        try:
+            fd = os.open(parent.name, flags, grant.mode, dir_fd=parent.fd)
+        except FileExistsError:
+            found = parent.status()
+            if not stat.S_ISREG(found.st_mode):
+                raise
+            if grant.temporary:
+                opened.created(grant.path, found, True)
+            return
+    opened.created(grant.path, os.fstat(fd), grant.temporary)
     if plan.identity.switch:
         os.fchown(fd, plan.identity.uid, plan.identity.gid)
     os.close(fd)
@@ -172,12 +173,12 @@ def _create(grant: Create, plan: "Plan", opened: Opened) -> None:
 def _create_directory(grant: CreateDir, plan: "Plan", opened: Opened) -> None:
     """Create a directory of the VM's own below one of the host's."""
     place = f"{grant.path}/qemu-userns.{os.urandom(8).hex()}"
-    os.mkdir(place, 0o700)
-    found = os.lstat(place)
-    opened.created(place, found, True)
+    with Parent(place) as parent:
+        os.mkdir(parent.name, 0o700, dir_fd=parent.fd)
+        opened.created(place, parent.status(), True)
+        if plan.identity.switch:
+            os.chown(parent.name, plan.identity.uid, plan.identity.gid, dir_fd=parent.fd, follow_symlinks=False)
     opened.places[grant.path] = place
-    if plan.identity.switch:
-        os.chown(place, plan.identity.uid, plan.identity.gid, follow_symlinks=False)
 
 
 def _listen(grant: Listen, opened: Opened) -> None:
@@ -185,13 +186,13 @@ def _listen(grant: Listen, opened: Opened) -> None:
     import _socket
 
     socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    try:
-        os.unlink(grant.path)
-    except FileNotFoundError:
-        pass
-    socket.bind(os.fsencode(grant.path))
-    found = os.lstat(grant.path)
-    opened.created(grant.path, found, True)
+    with Parent(grant.path) as parent:
+        try:
+            os.unlink(parent.name, dir_fd=parent.fd)
+        except FileNotFoundError:
+            pass
+        socket.bind(os.fsencode(grant.path))
+        opened.created(grant.path, parent.status(), True)
     socket.listen(1)
     _number(socket.detach(), grant.number, opened)
 
@@ -201,7 +202,8 @@ def _connect(grant: Connect, opened: Opened) -> None:
     import _socket
 
     socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    socket.connect(os.fsencode(grant.path))
+    with Parent(grant.path) as parent:
+        socket.connect(os.fsencode(parent.path))
     _number(socket.detach(), grant.number, opened)
 
 

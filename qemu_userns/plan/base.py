@@ -23,7 +23,8 @@ BASE: "tuple[BasePath, ...]" = (
     *(BasePath(path, "programs and libraries") for path in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")),
     *(BasePath(path, "programs and libraries") for path in ("/nix/store", "/gnu/store")),
     *(BasePath(f"/etc/{name}", "configuration that QEMU and its libraries read") for name in _ETC.split()),
-    BasePath("/proc", "processes; 9p and /dev/fd need /proc/self", writable=True, device=True),
+    # Read-only: a process of the same id may write the oom_score_adj of others.
+    BasePath("/proc", "processes; 9p and /dev/fd need /proc/self"),
     *(BasePath(f"/dev/{name}", "standard device", True, True) for name in ("null", "zero", "full", "random", "urandom", "tty")),
     BasePath("/dev/pts", "pseudo terminals are told by their number on the host", True, True),
     BasePath("/dev/userfaultfd", "postcopy migration", True, True),

@@ -5,7 +5,6 @@ import os
 
 from qemu_userns.errors import SandboxError
 from qemu_userns.linux import landlock, process
-from qemu_userns.sandbox.namespaces import limit_namespaces
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ def confine(confinement: "Confinement", reopened_fds: "Iterable[int]") -> None:
     Raises:
         SandboxError: a step failed.
     """
-    limit_namespaces()
     try:
         process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
         if confinement.landlock_abi:

@@ -3,7 +3,6 @@
 import os
 
 from qemu_userns.errors import HostError, SandboxError
-from qemu_userns.host.usernamespace import write_file
 from qemu_userns.linux import process
 
 TYPE_CHECKING = False
@@ -57,19 +56,37 @@ def join(namespace: int) -> None:
         raise SandboxError("cannot enter the user namespace", err.strerror or str(err)) from err
 
 
-def limit_namespaces() -> None:
-    """Forbid further namespaces inside: what a user namespace opens of the kernel is not for QEMU (namespaces(7)).
+class NamespaceLimits:
+    """The limits of further namespaces inside: what a user namespace opens of the kernel is not for QEMU (namespaces(7)).
 
-    Raises:
-        SandboxError: /proc/sys/user cannot be written.
+    They are opened while /proc can be written, since the view shows it read-only, and set to zero once the view is built,
+    since each detached mount is a mount namespace to the kernel.
     """
-    for kind in ("user", "mnt", "net"):
-        path = f"/proc/sys/user/max_{kind}_namespaces"
-        try:
-            write_file(path, "0")
-        except OSError as err:
-            raise SandboxError(
-                "cannot forbid namespaces inside QEMU's",
-                f"{path}: {err.strerror}",
-                "make /proc/sys writable; containers often hide it",
-            ) from err
+
+    def __init__(self) -> None:
+        """Open them; must be called in the new user namespace, whose limits they are.
+
+        Raises:
+            SandboxError: /proc/sys/user cannot be written.
+        """
+        self._fds: "list[int]" = []
+        for kind in ("user", "mnt", "net"):
+            path = f"/proc/sys/user/max_{kind}_namespaces"
+            try:
+                self._fds.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+            except OSError as err:
+                hint = "make /proc/sys writable; containers often hide it"
+                raise SandboxError("cannot forbid namespaces inside QEMU's", f"{path}: {err.strerror}", hint) from err
+
+    def forbid_all(self) -> None:
+        """Set them to zero, and close them.
+
+        Raises:
+            SandboxError: the kernel refuses.
+        """
+        for fd in self._fds:
+            try:
+                os.write(fd, b"0")
+            except OSError as err:
+                raise SandboxError("cannot forbid namespaces inside QEMU's", err.strerror or str(err)) from err
+            os.close(fd)
