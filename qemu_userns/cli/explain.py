@@ -10,7 +10,7 @@ from qemu_userns.request import read_request, read_settings
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qemu_userns.plan.grants import Grant
-    from qemu_userns.plan.plan import Plan
+    from qemu_userns.plan.plan import Confinement, Plan
     from qemu_userns.request import Request
 
 _FD_GRANTS = (KeepFd, OpenFd, Listen, Connect, Reserved)
@@ -65,9 +65,16 @@ def _describe_confinement(plan: "Plan") -> "list[dict[str, str]]":
         {"what": "no_new_privs", "value": "on"},
         {"what": "namespaces inside", "value": "forbidden"},
         {"what": "Landlock", "value": f"files: the view; scoped: {scopes or 'nothing'}" if confinement.landlock_abi else "no"},
-        {"what": "seccomp filter of signals", "value": "on" if confinement.filter_signals else "not needed"},
+        {"what": "seccomp filter", "value": _describe_filter(confinement)},
         {"what": "-sandbox added", "value": confinement.sandbox or "no"},
     ]
+
+
+def _describe_filter(confinement: "Confinement") -> str:
+    """Say what our own seccomp filter refuses."""
+    if not confinement.filter_calls:
+        return "no: the system calls of this machine are not known"
+    return "typing into the terminal" + (", signals to other processes" if confinement.filter_signals else "")
 
 
 def _format(facts: "dict[str, list[dict[str, str]]]") -> str:

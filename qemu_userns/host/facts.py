@@ -9,8 +9,9 @@ from qemu_userns.catalogue import ways
 from qemu_userns.catalogue.images import find_layer
 from qemu_userns.host.paths import PathWalker
 from qemu_userns.linux.landlock import probe_landlock
+from qemu_userns.linux.seccomp import knows_machine
 from qemu_userns.plan.base import BASE, KVM, PTMX
-from qemu_userns.plan.facts import BLOCK, LANDLOCK_ABI_WITH_SCOPES, REGULAR, HostFacts, ImageFact, PathFact
+from qemu_userns.plan.facts import BLOCK, REGULAR, HostFacts, ImageFact, PathFact
 from qemu_userns.plan.grants import READ
 
 TYPE_CHECKING = False
@@ -67,15 +68,7 @@ def look_at_host(
     for path in (program, PTMX, KVM, *extra_dirs, *_temporary(environ)):
         look(path)
     base = tuple(walker.look(entry.path) for entry in BASE)
-    abi = probe_landlock()
-    return HostFacts(caller, paths, images, base, environ, abi, abi < LANDLOCK_ABI_WITH_SCOPES and _knows_signal_filter())
-
-
-def _knows_signal_filter() -> bool:
-    """Say whether seccomp can stand in for Landlock's scope of signals here."""
-    from qemu_userns.linux.seccomp import knows_machine
-
-    return knows_machine()
+    return HostFacts(caller, paths, images, base, environ, probe_landlock(), knows_machine())
 
 
 def _candidates(need: "Need") -> "tuple[str, ...]":

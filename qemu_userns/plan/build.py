@@ -187,15 +187,15 @@ def _choose_confinement(draft: Draft, commandline: "CommandLine", settings: Sett
     if not abi and settings.require_landlock:
         draft.refuse("require=landlock", "this kernel does not offer it", "boot Linux 5.19 or later with lsm=landlock,...")
     if abi >= LANDLOCK_ABI_WITH_SCOPES:
-        return Confinement(draft.capabilities, abi, _choose_scopes(commandline), False, sandbox)
+        return Confinement(draft.capabilities, abi, _choose_scopes(commandline), draft.facts.call_filter, False, sandbox)
     # The child of -daemonize has a pid that the filter cannot know.
-    filtered = draft.facts.signal_filter and all(option.name != "daemonize" for option in commandline.options)
+    filtered = draft.facts.call_filter and all(option.name != "daemonize" for option in commandline.options)
     if not filtered and draft.identity.uid == draft.facts.caller.account.uid:
         draft.warnings.append(
             "QEMU can signal the caller's other processes: this kernel's Landlock does not scope signals (Linux 6.12 does), and "
             "a seccomp filter does not go with -daemonize"
         )
-    return Confinement(draft.capabilities, abi, 0, filtered, sandbox)
+    return Confinement(draft.capabilities, abi, 0, draft.facts.call_filter, filtered, sandbox)
 
 
 def _choose_scopes(commandline: "CommandLine") -> int:

@@ -87,4 +87,4 @@ class HostFacts(Record):
     base: "tuple[PathFact, ...]"  # what every view holds, where it exists
     environment: "Mapping[str, str]"
     landlock_abi: int = 0  # 0: the kernel has none
-    signal_filter: bool = False  # whether a seccomp filter of signals can be built for this machine
+    call_filter: bool = False  # whether a seccomp filter can be built for this machine

@@ -5,6 +5,7 @@ import os
 
 from qemu_userns.errors import SandboxError
 from qemu_userns.linux import landlock, process
+from qemu_userns.linux.seccomp import filter_calls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,10 +31,8 @@ def confine(confinement: "Confinement", reopened_fds: "Iterable[int]") -> None:
         process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
         if confinement.landlock_abi:
             _restrict_files(confinement.landlock_abi, confinement.scoped, reopened_fds)
-        if confinement.filter_signals:
-            from qemu_userns.linux.seccomp import confine_signals
-
-            confine_signals(os.getpid())
+        if confinement.filter_calls:
+            filter_calls(os.getpid() if confinement.filter_signals else None)
         _drop_capabilities(confinement.capabilities)
     except OSError as err:
         raise SandboxError("cannot confine QEMU", err.strerror or str(err)) from err

@@ -1,9 +1,11 @@
 """The seccomp filter that keeps signals inside one process, on the running kernel."""
 
+import ctypes
 import fcntl
 import os
 import signal
 import struct
+import termios
 import threading
 from collections.abc import Callable
 
@@ -12,14 +14,14 @@ import pytest
 from qemu_userns.linux import process, seccomp
 
 
-def errno_in_filtered_child(action: "Callable[[], object]") -> int:
+def errno_in_filtered_child(action: "Callable[[], object]", signals: bool = True) -> int:
     """Run `action` in a child under the filter; return 0, or the errno that it met."""
     child = os.fork()
     if child == 0:
         code = 255
         try:
             process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
-            seccomp.confine_signals(os.getpid())
+            seccomp.filter_calls(os.getpid() if signals else None)
             action()
             code = 0
         except OSError as err:
@@ -54,9 +56,35 @@ def test_signals_stay_inside_the_process(action: "Callable[[], object]", errno: 
     assert errno_in_filtered_child(action) == errno
 
 
+@pytest.mark.skipif(not seccomp.knows_machine(), reason="system call numbers of this machine are not known")
+@pytest.mark.parametrize("signals", [True, False])
+@pytest.mark.parametrize(
+    ("request_number", "errno"),
+    [(termios.TIOCSTI, 1), (0x541C, 1), (termios.FIONREAD, 0), (termios.TIOCSTI | 1 << 32, 1)],
+    ids=["TIOCSTI", "TIOCLINUX", "FIONREAD", "TIOCSTI with high bits"],
+)
+def test_nothing_is_typed_into_a_terminal(request_number: int, errno: int, signals: bool) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    read_end, write_end = os.pipe()
+
+    def ask() -> None:
+        if libc.ioctl(read_end, ctypes.c_ulong(request_number), ctypes.create_string_buffer(8)) < 0:
+            raise OSError(ctypes.get_errno(), "ioctl")
+
+    assert errno_in_filtered_child(ask, signals) == errno
+    os.close(read_end)
+    os.close(write_end)
+
+
+@pytest.mark.skipif(not seccomp.knows_machine(), reason="system call numbers of this machine are not known")
+def test_signals_are_left_alone_where_landlock_scopes_them() -> None:
+    assert errno_in_filtered_child(lambda: os.kill(os.getppid(), 0), signals=False) == 0
+
+
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64", "loongarch64", "ppc64le", "s390x"])
-def test_jumps_of_the_filter_stay_in_it_and_it_ends_in_a_return(machine: str) -> None:
-    program = seccomp.build_filter(machine, 4242)
+@pytest.mark.parametrize("pid", [None, 4242])
+def test_jumps_of_the_filter_stay_in_it_and_it_ends_in_a_return(machine: str, pid: "int | None") -> None:
+    program = seccomp.build_filter(machine, pid)
     lines = list(struct.iter_unpack("HBBI", program))
     for index, (code, true, false, _) in enumerate(lines):
         if code in (0x15, 0x35):
