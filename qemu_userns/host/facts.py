@@ -67,7 +67,7 @@ def look_at_host(
                     look(image.path)
     for path in (program, PTMX, KVM, *extra_dirs, *_temporary(environ)):
         look(path)
-    base = tuple(walker.look(entry.path) for entry in BASE)
+    base = tuple(walker.look(entry.path, to_write=False) for entry in BASE)
     return HostFacts(caller, paths, images, base, environ, probe_landlock(), knows_machine())
 
 

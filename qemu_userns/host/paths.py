@@ -36,8 +36,13 @@ class PathWalker:
         self._cwd = cwd
         self._seen: "dict[str, os.stat_result | OSError]" = {}
 
-    def look(self, given: str) -> PathFact:
-        """Return what `given` leads to; a path that cannot be walked is a fact too (`error`)."""
+    def look(self, given: str, to_write: bool = True) -> PathFact:
+        """Return what `given` leads to; a path that cannot be walked is a fact too (`error`).
+
+        Args:
+            given: the path.
+            to_write: whether to find out too if it, and the directory that it is in, can be written.
+        """
         fd = find_fd(given)
         if fd is not None:
             return PathFact(given, given, REGULAR, fd=fd, readable=True, writable=True)
@@ -49,7 +54,7 @@ class PathWalker:
             real, found = walk.missing(), None
         except OSError as err:
             return PathFact(given, given, ABSENT, walk.links, walk.passed, error=err.strerror or str(err))
-        parent_writable = os.access(os.path.dirname(real), os.W_OK)
+        parent_writable = to_write and os.access(os.path.dirname(real), os.W_OK)
         if found is None:
             error = None if walk.only_last_missing else os.strerror(errno.ENOENT)
             return PathFact(given, real, ABSENT, walk.links, walk.passed, error=error, parent_writable=parent_writable)
@@ -66,7 +71,7 @@ class PathWalker:
             device=found.st_rdev,
             size_bytes=found.st_size,
             readable=os.access(real, os.R_OK),
-            writable=os.access(real, os.W_OK),
+            writable=to_write and os.access(real, os.W_OK),
             parent_writable=parent_writable,
         )
 

@@ -17,7 +17,8 @@ else:
     Scalar = _SimpleCData
 
 # System calls added since Linux 5.1 have one number on every architecture, but for these, which add an offset of their own.
-_MACHINES_WITH_OTHER_NUMBERS = ("alpha", "mips")
+_MACHINE = os.uname().machine
+_NUMBERS_ARE_KNOWN = not _MACHINE.startswith(("alpha", "mips"))
 
 
 class _Word(Scalar):
@@ -91,8 +92,8 @@ def syscall(number: int, *arguments: "Argument", path: "str | bytes | None" = No
     Raises:
         OSError: with errno and `path`; ENOSYS on an architecture that numbers these calls otherwise.
     """
-    if os.uname().machine.startswith(_MACHINES_WITH_OTHER_NUMBERS):
-        raise OSError(38, f"system call numbers of {os.uname().machine} are not known to qemu-userns")
+    if not _NUMBERS_ARE_KNOWN:
+        raise OSError(38, f"system call numbers of {_MACHINE} are not known to qemu-userns")
     return call(_syscall, number, *arguments, *(0,) * (6 - len(arguments)), path=path)
 
 

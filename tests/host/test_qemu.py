@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qemu_userns.errors import HostError, LaunchError
-from qemu_userns.host import qemu
+from qemu_userns.host import qemu_probe
 from qemu_userns.host.qemu import find_qemu, is_own_entry, probe_qemu
 
 NAME = "qemu-system-x86_64"
@@ -191,7 +191,7 @@ def test_no_qemu(tmp_path: Path) -> None:
 
 
 def test_a_qemu_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu, "PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(qemu_probe, "PROBE_TIMEOUT_S", 0.2)
     monkeypatch.setenv("SLOW", "1")
     with pytest.raises(HostError, match="no answer within"):
         probe_qemu(fake_qemu(tmp_path / "bin" / NAME), None)
@@ -222,7 +222,7 @@ def test_real_qemu_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "lib").mkdir()
     path = str(shutil.copy(REAL[0], tmp_path / "bin" / NAME))
-    library = next(name for name in qemu._shared_libraries(REAL[0]) if "libglib-2.0" in name and not os.path.islink(name))
+    library = next(name for name in qemu_probe._shared_libraries(REAL[0]) if "libglib-2.0" in name and not os.path.islink(name))
     shutil.copy(library, tmp_path / "lib" / "libglib-2.0.so.0")
     os.environ["LD_LIBRARY_PATH"] = f"{tmp_path}/lib"
     facts = probe_qemu(path, None)
