@@ -19,7 +19,7 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
         QemuUsernsError: as `read_request`.
     """
     qemu, config = start.qemu, start.config
-    needs = find_needs(start.commandline.objects)
+    needs = find_needs(start.commandline)
     extra_dirs = (*qemu.library_dirs, *qemu.data_dirs, *_module_dirs(request.environ))
     facts = look_at_host(needs, start.commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra_dirs)
     program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)

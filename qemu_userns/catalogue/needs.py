@@ -9,8 +9,9 @@ from qemu_userns.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
+    from qemu_userns.cmdline.objects import CommandLine
     from qemu_userns.cmdline.source import Member
 
 
@@ -36,9 +37,16 @@ for _row in ROWS:
     _ROWS_BY_KIND.setdefault(_row.kind, []).append(_row)
 
 
-def find_needs(objects: "Iterable[Object]") -> "tuple[Need, ...]":
-    """Return the needs of all objects, in their order."""
-    return tuple(need for obj in objects for need in _find_object_needs(obj))
+def find_needs(commandline: "CommandLine") -> "tuple[Need, ...]":
+    """Return the needs of all objects, in their order, and of options without a value."""
+    needs = [need for obj in commandline.objects for need in _find_object_needs(obj)]
+    for index, option in enumerate(commandline.options):
+        if option.value_index is None and option.name in _ROWS_BY_KIND:
+            flag = Object(option.name, None, (), option.index, 0, 0, "word", index)
+            row = find_row(flag, "")
+            if row is not None:
+                needs.append(Need(row.way, "", flag, None, row))
+    return tuple(needs)
 
 
 def find_row(obj: Object, key: str) -> "Row | None":
@@ -59,9 +67,6 @@ def _find_object_needs(obj: Object) -> "Iterator[Need]":
         member = obj.find(key)
         if row is not None and member is not None:
             yield from _expand(Need(row.way, member.value, obj, member, row))
-    row = find_row(obj, "")
-    if row is not None:
-        yield Need(row.way, "", obj, None, row)
 
 
 def _expand(need: Need) -> "Iterator[Need]":

@@ -3,7 +3,7 @@
 import json
 
 from qemu_userns.plan.grants import Connect, Consume, KeepFd, Listen, OpenFd, Refuse, Reserved
-from qemu_userns.plan.layout import build_layout
+from qemu_userns.plan.layout import build_layout, build_overlay
 from qemu_userns.planning import make_plan
 from qemu_userns.request import read_request, read_settings
 
@@ -29,18 +29,20 @@ def explain(request: "Request", as_json: bool) -> int:
 def describe_plan(plan: "Plan") -> "dict[str, list[dict[str, str]]]":
     """Return the plan as tables of text, in the order in which a launch goes."""
     identity = plan.identity
-    layout = () if plan.whole_host else build_layout(plan.grants)
+    layout = (build_overlay if plan.whole_host else build_layout)(plan.grants)
+    host = [{"what": "the whole host tree", "why": "fs=host, or a share of /"}] if plan.whole_host else []
     return {
         "program": [{"path": plan.program, "name": plan.words[0], "identity": identity.why}],
         "uid map": [{"map": f"inside {entry.describe()} outside"} for entry in identity.uid_map],
         "gid map": [{"map": f"inside {entry.describe()} outside"} for entry in identity.gid_map],
-        "view": [_describe(grant) for grant in layout] or [{"what": "the whole host tree", "why": "fs=host, or a share of /"}],
+        "view": host + [_describe(grant) for grant in layout],
         "fds": [_describe(grant) for grant in plan.grants if isinstance(grant, _FD_GRANTS)],
         "taken over": [_describe(grant) for grant in plan.grants if isinstance(grant, Consume)],
         "rewritten": [{"where": r.where, "before": r.before, "after": r.after, "why": r.why} for r in plan.rewrites],
         "left alone": [{"option": option, "why": "no table knows it"} for option in plan.unknown],
         "confinement": _describe_confinement(plan),
         "warnings": [{"warning": warning} for warning in plan.warnings],
+        "notes": [{"note": note} for note in plan.notes],
         "refused": [
             {"what": grant.why, "why": grant.reason, "hint": grant.hint or ""}
             for grant in plan.grants
@@ -88,6 +90,6 @@ def _format(facts: "dict[str, list[dict[str, str]]]") -> str:
 
 
 def _format_row(row: "dict[str, str]") -> str:
-    """Lay one row out: the first value, then the named rest."""
+    """Lay one row out: the first value, then the named rest where it says something new."""
     (_, first), *rest = row.items()
-    return first + "".join(f"   {key}: {value}" for key, value in rest if value)
+    return first + "".join(f"   {key}: {value}" for key, value in rest if value and not first.endswith(value))

@@ -9,7 +9,7 @@ from qemu_userns.host.realpath import Parent, open_real
 from qemu_userns.host.usernamespace import map_mount
 from qemu_userns.linux import mount
 from qemu_userns.plan.grants import Bind, Connect, Create, CreateDir, Grant, KeepFd, Listen, Node, OpenFd, Reserved
-from qemu_userns.plan.layout import build_layout
+from qemu_userns.plan.layout import build_layout, build_overlay
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,10 +57,7 @@ def open_grants(plan: "Plan", lease_fd: "int | None", opened: Opened) -> None:
     Raises:
         ResourceError: something cannot be opened or is not what the plan saw.
     """
-    if not plan.whole_host:
-        opened.layout = build_layout(plan.grants)
-    else:
-        opened.layout = tuple(grant for grant in build_layout(plan.grants) if not isinstance(grant, Bind))
+    opened.layout = (build_overlay if plan.whole_host else build_layout)(plan.grants)
     for grant in plan.grants:
         try:
             _open(grant, plan, lease_fd, opened)

@@ -97,10 +97,14 @@ def build_plan(
         identity,
         draft.whole_host,
         tuple(draft.grants),
-        (*rewrites, *(Rewrite("added", "", word, "") for word in draft.words)),
+        (
+            *rewrites,
+            *(Rewrite("added", "", f"{option} {value}", "") for option, value in zip(*[iter(draft.words)] * 2, strict=True)),
+        ),
         tuple(option.spelled for option in commandline.options if option.name and BUILTIN.find(option.name) is None),
         confinement,
         tuple(([identity.warning] if identity.warning else []) + draft.warnings),
+        tuple(draft.notes),
     )
 
 

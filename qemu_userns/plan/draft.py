@@ -40,7 +40,8 @@ class Draft:
         self.grants: "list[Grant]" = []
         self.edits: "list[Edit]" = []
         self.words: "list[str]" = []  # added before the caller's
-        self.warnings: "list[str]" = []
+        self.warnings: "list[str]" = []  # said at every launch
+        self.notes: "list[str]" = []  # said by explain
         self.capabilities: "frozenset[int]" = frozenset()
         self.whole_host = False
         self.spawns = False

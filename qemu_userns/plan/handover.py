@@ -153,11 +153,11 @@ def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
         draft.capabilities |= PASSTHROUGH_CAPABILITIES
     if fact.real == "/":
         draft.whole_host = True
-        draft.warnings.append(f"{why}: the share is the whole host tree, so QEMU sees all of it")
+        draft.notes.append(f"{why}: the share is the whole host tree, so QEMU sees all of it")
         return
     draft.bind(fact, not readonly, need.describe())
     if not readonly and not draft.may(fact, WRITE | SEARCH):
-        draft.warnings.append(
+        draft.notes.append(
             f"{why}: belongs to {fact.uid}:{fact.gid}; QEMU is {draft.identity.uid}:{draft.identity.gid} and can only read it"
         )
 

@@ -47,7 +47,7 @@ def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
             )
             draft.bind(other, writable_too, f"{image.role} of {need.path}", device=other.kind == BLOCK)
         elif other.kind in (REGULAR, BLOCK):
-            draft.warnings.append(
+            draft.notes.append(
                 f"{image.path}: named by the header of {image.by} only, and QEMU's id {draft.identity.uid} may not read it; "
                 "name it on the command line (backing.file.filename=) to have it opened with the caller's rights"
             )

@@ -34,6 +34,11 @@ def build_layout(grants: "Iterable[Grant]") -> "tuple[Placed, ...]":
     return tuple(layout)
 
 
+def build_overlay(grants: "Iterable[Grant]") -> "tuple[Placed, ...]":
+    """Return what is placed over the host's own tree (fs=host): only files and nodes of our own."""
+    return tuple(grant for grant in build_layout(grants) if isinstance(grant, Copy | Node))
+
+
 def is_below(path: str, directory: str) -> bool:
     """Say whether a normal path lies below a directory (or is it)."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")

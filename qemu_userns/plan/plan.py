@@ -42,4 +42,5 @@ class Plan(Record):
     rewrites: "tuple[Rewrite, ...]"
     unknown: "tuple[str, ...]"  # options that no table knows, passed through
     confinement: Confinement
-    warnings: "tuple[str, ...]" = ()
+    warnings: "tuple[str, ...]" = ()  # for stderr, at every launch
+    notes: "tuple[str, ...]" = ()  # for a reader of the plan
