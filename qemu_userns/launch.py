@@ -12,7 +12,7 @@ import os
 from qemu_userns.errors import LaunchError, ResourceError, printable
 from qemu_userns.linux.process import SIGPIPE, SIGXFSZ, reset_signal
 from qemu_userns.plan.grants import KeepFd, Refuse, Reserved
-from qemu_userns.request import find_program, read_request, read_settings
+from qemu_userns.request import find_program, find_start, plain_words, read_request, read_settings
 from qemu_userns.supervisor.process import fork_supervisor
 
 TYPE_CHECKING = False
@@ -34,7 +34,10 @@ def launch(request: "Request") -> "NoReturn":
     config = read_settings(request)
     if request.environ.get("QEMU_USERNS") == "off" or config.off:
         execute(find_program(request, config), request.argv, request.environ)
-    start = read_request(request, config)
+    asked = read_request(request, config)
+    if asked.config.off:
+        execute(asked.qemu.path, plain_words(request, asked), request.environ)
+    start = find_start(asked, request)
     supervisor = fork_supervisor(start.identity, start.lease is not None)
     try:
         _carry_out(start, supervisor, request)

@@ -18,15 +18,13 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
     Raises:
         QemuUsernsError: as `read_request`.
     """
-    qemu, config = start.qemu, start.config
-    needs = find_needs(start.commandline)
+    qemu, config, commandline = start.asked.qemu, start.asked.config, start.asked.commandline
+    needs = find_needs(commandline)
     extra_dirs = (*qemu.library_dirs, *qemu.data_dirs, *_module_dirs(request.environ))
-    facts = look_at_host(needs, start.commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra_dirs)
+    facts = look_at_host(needs, commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra_dirs)
     program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
     settings = Settings(config.fs == "host", config.sandbox, "landlock" in config.require)
-    return build_plan(
-        request.argv[0], start.commandline, needs, facts, start.identity, program, settings, start.lease is not None
-    )
+    return build_plan(request.argv[0], commandline, needs, facts, start.identity, program, settings, start.lease is not None)
 
 
 def _module_dirs(environ: "Mapping[str, str]") -> "list[str]":

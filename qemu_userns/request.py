@@ -3,6 +3,7 @@
 import os
 
 from qemu_userns.cmdline.objects import find_readconfigs, parse
+from qemu_userns.cmdline.source import drop
 from qemu_userns.cmdline.table import BUILTIN
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.accounts import find_account, look_at_caller
@@ -37,13 +38,19 @@ class Request(Record):
     preview: bool = False  # nothing is leased
 
 
-class Start(Record):
-    """What is known once the command line is read: enough for the supervisor to begin."""
+class Asked(Record):
+    """A command line, read."""
 
     qemu: "QemuFacts"
-    config: "Config"
-    caller: "Caller"
+    config: "Config"  # with what -userns says
     commandline: "CommandLine"
+
+
+class Start(Record):
+    """What is known once it is read: enough for the supervisor to begin."""
+
+    asked: Asked
+    caller: "Caller"
     identity: "Identity"
     lease: "Lease | None"  # its fd is owned
 
@@ -61,23 +68,43 @@ def read_settings(request: Request) -> "Config":
     return parse_userns_option(request.settings, files, "qemu-userns run")
 
 
-def read_request(request: Request, config: "Config") -> Start:
-    """Read the command line, and find out who QEMU will be.
+def read_request(request: Request, config: "Config") -> Asked:
+    """Read the command line with the caller's rights.
 
-    Should: run with the caller's rights.
+    Raises:
+        QemuUsernsError: any of its kinds, for what is wrong with the request or the host.
+    """
+    qemu = probe_qemu(find_program(request, config), cache_dir(request.environ, os.geteuid()))
+    commandline = read_commandline(request.argv[1:], qemu)
+    ours = [(member.key, member.value) for obj in commandline.objects if obj.kind == "userns" for member in obj.members]
+    if not ours:
+        return Asked(qemu, config, commandline)
+    changed = parse_userns_option(ours, config)
+    if changed.qemu != config.qemu:
+        qemu = probe_qemu(find_program(request, changed), cache_dir(request.environ, os.geteuid()))
+        commandline = read_commandline(request.argv[1:], qemu)
+    return Asked(qemu, changed, commandline)
+
+
+def find_start(asked: Asked, request: Request) -> Start:
+    """Find out who the caller is and who QEMU will be.
+
     Must not: change anything on the host but take a lease, and not even that for a preview.
 
     Raises:
-        QemuUsernsError: any of its kinds, for what is wrong with the request, the command line or the host.
+        QemuUsernsError: any of its kinds, for what is wrong with the identities or the host.
     """
-    qemu = probe_qemu(find_program(request, config), cache_dir(request.environ, os.geteuid()))
-    caller = look_at_caller(request.environ)
-    commandline = read_commandline(request.argv[1:], qemu)
-    for obj in commandline.objects:
-        if obj.kind == "userns":
-            config = parse_userns_option([(member.key, member.value) for member in obj.members], config)
-    identity, lease = find_identity(caller, _find_user(commandline), config, _preferred(commandline), request.preview)
-    return Start(qemu, config, caller, commandline, identity, lease)
+    caller, commandline = look_at_caller(request.environ), asked.commandline
+    user, preferred = _find_user(commandline), _preferred(commandline)
+    identity, lease = find_identity(caller, user, asked.config, preferred, request.preview)
+    return Start(asked, caller, identity, lease)
+
+
+def plain_words(request: Request, asked: Asked) -> "tuple[str, ...]":
+    """Return QEMU's words without our own option, for a QEMU that is executed as it is."""
+    options = [option for option in asked.commandline.options if option.name == "userns"]
+    words, _ = asked.commandline.print_words([drop(option, "it is ours") for option in options])
+    return (request.argv[0], *words)
 
 
 def read_commandline(words: "tuple[str, ...]", qemu: "QemuFacts") -> "CommandLine":

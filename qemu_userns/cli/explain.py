@@ -5,7 +5,7 @@ import json
 from qemu_userns.plan.grants import Connect, Consume, KeepFd, Listen, OpenFd, Refuse, Reserved
 from qemu_userns.plan.layout import build_layout, build_overlay
 from qemu_userns.planning import make_plan
-from qemu_userns.request import read_request, read_settings
+from qemu_userns.request import find_start, read_request, read_settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _SCOPES = {1: "abstract sockets", 2: "signals"}
 
 def explain(request: "Request", as_json: bool) -> int:
     """Print the plan of a request; return 1 when it would be refused."""
-    plan = make_plan(read_request(request, read_settings(request)), request)
+    plan = make_plan(find_start(read_request(request, read_settings(request)), request), request)
     facts = describe_plan(plan)
     print(json.dumps(facts, indent=2) if as_json else _format(facts))
     return 1 if facts["refused"] else 0

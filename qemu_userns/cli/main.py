@@ -8,6 +8,7 @@ from qemu_userns.errors import UsageError
 from qemu_userns.hooks.edge import run_at_edge
 from qemu_userns.hooks.install import install
 from qemu_userns.launch import launch
+from qemu_userns.linux.process import read_environ
 from qemu_userns.request import Request
 
 TYPE_CHECKING = False
@@ -44,11 +45,11 @@ def _main(words: "list[str]") -> int:
         print(f"qemu-userns {version('qemu-userns')}")
     elif command == "run":
         settings, argv = parse_settings(rest)
-        launch(Request(argv, os.environ, None, settings))
+        launch(Request(argv, read_environ(), None, settings))
     elif command == "explain":
         as_json = "--json" in rest[: _find_program(rest)]
         settings, argv = parse_settings([word for i, word in enumerate(rest) if word != "--json" or i >= _find_program(rest)])
-        return explain(Request(argv, os.environ, None, settings, preview=True), as_json)
+        return explain(Request(argv, read_environ(), None, settings, preview=True), as_json)
     elif command == "install" and len(rest) == 1:
         for name in install(rest[0], os.environ.get("PATH", os.defpath)):
             print(os.path.join(rest[0], name))

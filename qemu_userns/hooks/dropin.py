@@ -5,6 +5,7 @@ import sys
 
 from qemu_userns.hooks.edge import run_at_edge
 from qemu_userns.launch import launch
+from qemu_userns.linux.process import read_environ
 from qemu_userns.request import Request
 
 TYPE_CHECKING = False
@@ -18,4 +19,4 @@ def main(entry: str) -> "NoReturn":
     Args:
         entry: path of the drop-in entry, whose name is that of the QEMU it stands for.
     """
-    run_at_edge(lambda: launch(Request(tuple(sys.argv), os.environ, os.path.abspath(entry))))
+    run_at_edge(lambda: launch(Request(tuple(sys.argv), read_environ(), os.path.abspath(entry))))

@@ -63,6 +63,13 @@ def reap(pid: int) -> None:
         return
 
 
+def read_environ() -> "dict[str, str]":
+    """Return the environment as execve gave it to this process: os.environ has LC_CTYPE added in the C locale (PEP 538)."""
+    with open("/proc/self/environ", "rb") as file:
+        words = os.fsdecode(file.read()).split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
 def prctl(option: int, *arguments: int) -> int:
     """Make the call with integer arguments."""
     return call(_prctl, option, *arguments, *(0,) * (4 - len(arguments)))

@@ -90,35 +90,51 @@ def _made(draft: "Draft", need: "Need", _: "CommandLine") -> None:
 def _write(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Show a file that QEMU creates or truncates, made beforehand where it is not there."""
     fact = draft.path(need.path)
-    why = need.describe()
     if need.obj.kind == "D" and "%d" in need.path:  # QEMU's pid is not known before it runs, with -daemonize not even then
         _made(draft, need, commandline)
-    elif fact.error is not None:
-        draft.refuse(f"{why} {need.path}", fact.error)
-    elif fact.kind == DIRECTORY:
-        draft.refuse(f"{why} {need.path}", "Is a directory")
-    elif fact.kind not in (ABSENT, REGULAR):
+    elif fact.kind not in (ABSENT, REGULAR, DIRECTORY):
         _device(draft, need, commandline)
-    elif fact.kind == REGULAR and (draft.may(fact, WRITE) or fact.locked):
-        if need.way == ways.PIDFILE and not fact.locked:
-            draft.way_to(fact, why)
-            draft.add(Create(why, fact.real, 0o600, temporary=True))
-        else:
-            draft.bind(fact, True, why)
-    elif not (fact.parent_writable if fact.kind == ABSENT else fact.writable and fact.parent_writable):
-        draft.refuse(f"{why} {need.path}", "Permission denied", "the caller may not create it there")
+    elif fact.kind == REGULAR and draft.may(fact, WRITE):
+        draft.bind(fact, True, need.describe())
     elif need.way == ways.APPEND and fact.kind == REGULAR:
         draft.refuse(
-            f"{why} {need.path}",
+            f"{need.describe()} {need.path}",
             f"QEMU's id {draft.identity.uid} may not write it",
             "make it that id's, or start with a new file",
         )
     else:
-        draft.way_to(fact, why)
-        pidfile = need.way == ways.PIDFILE
-        mode = 0o600 if pidfile else 0o666 & ~draft.facts.caller.umask
-        temporary = pidfile or need.way == ways.MEMORY
-        draft.add(Create(why, fact.real, mode, fact.kind == REGULAR, temporary))
+        _create(draft, need, 0o666 & ~draft.facts.caller.umask, need.way == ways.MEMORY)
+
+
+def _pidfile(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    """Show the pidfile, a new one unless QEMU may write the one that is there; it goes when QEMU ends."""
+    fact = draft.path(need.path)
+    why = need.describe()
+    if fact.kind == REGULAR and draft.may(fact, WRITE):
+        if fact.locked:
+            draft.bind(fact, True, why)  # QEMU says so itself
+        else:
+            draft.way_to(fact, why)
+            draft.add(Create(why, fact.real, 0o600, temporary=True))
+    elif fact.locked:
+        draft.refuse(f"{why} {need.path}", "another process holds its lock", "the QEMU that wrote it is still running")
+    else:
+        _create(draft, need, 0o600, temporary=True)
+
+
+def _create(draft: "Draft", need: "Need", mode: int, temporary: bool) -> None:
+    """Have a file created where the caller may do so; one that is there and not QEMU's gives way."""
+    fact = draft.path(need.path)
+    what = f"{need.describe()} {need.path}"
+    if fact.error is not None:
+        draft.refuse(what, fact.error)
+    elif fact.kind == DIRECTORY:
+        draft.refuse(what, "Is a directory")
+    elif not fact.parent_writable or (fact.kind == REGULAR and not fact.writable):
+        draft.refuse(what, "Permission denied", "the caller may not create it there")
+    else:
+        draft.way_to(fact, need.describe())
+        draft.add(Create(need.describe(), fact.real, mode, fact.kind == REGULAR, temporary))
 
 
 def _memory(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -287,7 +303,7 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.MADE: _made,
     ways.WRITE: _write,
     ways.APPEND: _write,
-    ways.PIDFILE: _write,
+    ways.PIDFILE: _pidfile,
     ways.MEMORY: _memory,
     ways.IMAGE: images.hand_over,
     ways.SHARE: _share,
