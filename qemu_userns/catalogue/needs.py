@@ -4,7 +4,7 @@ from qemu_userns.catalogue import ways
 from qemu_userns.catalogue.images import NamedPath, find_paths
 from qemu_userns.catalogue.rows import ROWS, Row
 from qemu_userns.cmdline.chardev import LegacyChardev, parse_legacy
-from qemu_userns.cmdline.objects import Object
+from qemu_userns.cmdline.objects import Object, as_switch
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
@@ -55,7 +55,7 @@ def find_row(obj: Object, key: str) -> "Row | None":
     rows: "list[Row]" = _ROWS_BY_KIND.get(obj.kind, []) + _ROWS_BY_KIND["*"]
     for row in rows:
         named = row.key == key or (row.key.startswith("**.") and row.key[3:] == last)
-        if named and all((obj.get(name) or "") in values for name, values in row.when):
+        if named and all((as_switch(obj.get(name)) or "") in values for name, values in row.when):
             return row
     return None
 

@@ -24,6 +24,13 @@ JSON_GRAMMARS = (OPTS_JSON, KEYVAL_JSON, "netdev", "display", "incoming")
 SET_NAME_MAX = 63
 
 
+def as_switch(value: "str | None") -> "str | None":
+    """Return "on" or "off" for the words that QEMU takes for a boolean (qapi_bool_parse), any other value as it is."""
+    if value in ("on", "yes", "true", "y"):
+        return "on"
+    return "off" if value in ("off", "no", "false", "n") else value
+
+
 class Object(Record):
     """One thing that an option or a section makes."""
 
@@ -57,6 +64,10 @@ class Object(Record):
         """Return the value that counts for this key."""
         member = self.find(key)
         return default if member is None else member.value
+
+    def is_on(self, key: str) -> bool:
+        """Say whether a boolean member is set and true."""
+        return as_switch(self.get(key)) == "on"
 
 
 class Option(Record):

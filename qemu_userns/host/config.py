@@ -164,6 +164,10 @@ def _load_settings(path: str, cache_dir: "str | None") -> "Mapping[str, list[str
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except PermissionError as err:
+        if not _can_see(path):  # a HOME that was another user's: nothing is known to be there
+            return {}
+        raise UsageError(path, "cannot be opened: Permission denied", "make it readable, or remove it") from err
     except OSError as err:
         raise UsageError(path, f"cannot be opened: {err.strerror}", "make it readable, or remove it") from err
     try:
@@ -178,6 +182,15 @@ def _load_settings(path: str, cache_dir: "str | None") -> "Mapping[str, list[str
         raise UsageError(path, f"cannot be read: {err.strerror}") from err
     finally:
         os.close(fd)
+
+
+def _can_see(path: str) -> bool:
+    """Tell whether the directory of a file can be searched."""
+    try:
+        os.stat(path)
+    except OSError:
+        return False
+    return True
 
 
 def _check_file(path: str, status: os.stat_result) -> None:

@@ -1,6 +1,7 @@
 """Build the plan from the command line, the catalogue's reading of it, and the facts. Pure."""
 
 from qemu_userns.catalogue import ways
+from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.cmdline.source import apply_edits, drop
 from qemu_userns.cmdline.table import BUILTIN
 from qemu_userns.plan.base import BASE, LINKS, PRIVATE, PTMX
@@ -134,7 +135,7 @@ def _add_temporary(draft: Draft, commandline: "CommandLine") -> None:
     """Give QEMU a place for its temporary files: in memory, or on disk where they hold the data of a snapshot."""
     environment = draft.facts.environment.get("TMPDIR")
     snapshot = any(option.name == "snapshot" for option in commandline.options) or any(
-        obj.get("snapshot") == "on" or ":rw:" in (obj.get("file") or "") for obj in commandline.objects
+        obj.is_on("snapshot") or ":rw:" in (obj.get("file") or "") for obj in commandline.objects
     )
     why = "temporary files of snapshots"
     for path in ("/var/tmp", environment) if environment else ("/var/tmp",):
@@ -178,7 +179,7 @@ def _spawns(commandline: "CommandLine") -> bool:
         (obj.kind in ("netdev", "nic", "net") and (obj.get("type") in _SPAWNING_NETDEVS or obj.get("smb")))
         or "-cmd:" in (obj.get("guestfwd") or "")
         or (obj.kind == "incoming" and (obj.get("value") or "").startswith("exec:"))
-        or (obj.kind == "run-with" and obj.get("async-teardown") == "on")
+        or (obj.kind == "run-with" and obj.is_on("async-teardown"))
         or (obj.kind == "display" and obj.get("type") == "spice-app")
         or (obj.get("value") or "").startswith("mon:")
         for obj in commandline.objects
@@ -205,7 +206,7 @@ def _choose_confinement(draft: Draft, commandline: "CommandLine", settings: Sett
 def _choose_scopes(commandline: "CommandLine") -> int:
     """Return Landlock's scopes: signals never leave the VM, abstract sockets only where the command line has one."""
     for obj in commandline.objects:
-        abstract = any(member.key.rpartition(".")[2] == "abstract" and member.value == "on" for member in obj.members)
+        abstract = any(member.key.rpartition(".")[2] == "abstract" and as_switch(member.value) == "on" for member in obj.members)
         if abstract or (obj.kind == "display" and obj.get("type") in _DISPLAYS_WITH_SOCKETS):
             return _SCOPE_SIGNALS
     return _SCOPE_SIGNALS | _SCOPE_ABSTRACT_SOCKETS

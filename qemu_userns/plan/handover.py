@@ -4,6 +4,7 @@ Path first: a file that QEMU may open with its own rights is shown at its path. 
 """
 
 from qemu_userns.catalogue import ways
+from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.cmdline.source import append, drop, remove
 from qemu_userns.plan import images
 from qemu_userns.plan.base import KVM
@@ -152,7 +153,7 @@ def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     fact = draft.path(need.path)
     why = f"{need.describe()} {need.path}"
     model = need.obj.get("security_model") or ""
-    readonly = need.obj.get("readonly") == "on"
+    readonly = need.obj.is_on("readonly")
     if not draft.check(need, fact, READ):
         return
     if fact.kind != DIRECTORY:
@@ -224,7 +225,7 @@ def _replace_path_by_fd(draft: "Draft", need: "Need", number: int) -> None:
 
 
 def _is_server(need: "Need") -> bool:
-    return _chardev_value(need, "server") == "on"
+    return as_switch(_chardev_value(need, "server")) == "on"
 
 
 def _reconnects(need: "Need") -> bool:

@@ -56,15 +56,15 @@ def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
 def _is_written(need: "Need", commandline: "CommandLine") -> bool:
     """Say whether QEMU opens an image read-write."""
     obj = need.obj
-    if obj.kind == "cdrom" or obj.get("media") == "cdrom" or obj.get("snapshot") == "on":
+    if obj.kind == "cdrom" or obj.get("media") == "cdrom" or obj.is_on("snapshot"):
         return False
     key = "" if need.member is None else need.member.key
     if key.startswith("backing.") or ".backing." in key:
         return False
     prefix = key.rpartition(".")[0]
-    if obj.get(f"{prefix}.read-only" if prefix else "read-only") == "on":
+    if obj.is_on(f"{prefix}.read-only" if prefix else "read-only"):
         return False
-    if obj.get("read-only") == "on" or obj.get("readonly") == "on":
+    if obj.is_on("read-only") or obj.is_on("readonly"):
         return False
     return not any(option.name == "snapshot" for option in commandline.options)
 

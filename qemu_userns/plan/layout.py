@@ -57,13 +57,14 @@ def _stronger(first: "Placed", second: "Placed") -> "Placed":
 
 
 def _shown_by(grant: "Placed", above: "Placed") -> bool:
-    """Say whether a grant adds nothing to the one above it."""
-    if isinstance(above, Private | Copy | Create | Node):
+    """Say whether a grant adds nothing to the one above it, or would hide a part of it."""
+    if not isinstance(above, Bind | CreateDir):
         return False
-    if isinstance(grant, Link):
+    if isinstance(grant, Link | Private):
         return True
-    if isinstance(grant, Private):
-        return not grant.tmpfs
+    writable = isinstance(above, CreateDir) or above.writable
+    if isinstance(grant, Create | CreateDir):
+        return writable
     if isinstance(grant, Bind) and isinstance(above, Bind) and not grant.device:
-        return grant.owner == above.owner and (above.writable or not grant.writable)
+        return grant.owner == above.owner and (writable or not grant.writable)
     return False

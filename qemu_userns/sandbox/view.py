@@ -116,7 +116,9 @@ def _place(root: int, grant: "Placed", opened: "Opened", made: "set[str]") -> No
         _make_directories(root, os.path.dirname(name), made)
     match grant:
         case Link():
-            os.symlink(grant.target, name, dir_fd=root)
+            parent, last = _open_parent(root, name)
+            os.symlink(grant.target, last, dir_fd=parent)
+            os.close(parent)
         case Private(tmpfs=False):
             _make_directories(root, name, made)
         case Private():
@@ -166,18 +168,30 @@ def _make_directories(root: int, name: str, made: "set[str]") -> None:
         return
     _make_directories(root, os.path.dirname(name), made)
     made.add(name)
+    parent, last = _open_parent(root, name)
     try:
-        os.mkdir(name, 0o755, dir_fd=root)
+        os.mkdir(last, 0o755, dir_fd=parent)
     except FileExistsError:
         return
+    finally:
+        os.close(parent)
 
 
 def _make_file(root: int, name: str) -> None:
     """Make an empty file to mount over, unless a bind above shows the host's."""
+    parent, last = _open_parent(root, name)
     try:
-        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=root))
+        os.close(os.open(last, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=parent))
     except FileExistsError:
         return
+    finally:
+        os.close(parent)
+
+
+def _open_parent(root: int, name: str) -> "tuple[int, str]":
+    """Return an owned fd of the directory of a path of the new root, and the path's last component."""
+    directory, last = os.path.split(name)
+    return mount.openat2(root, directory or ".", os.O_PATH | os.O_DIRECTORY, _TARGET), last
 
 
 def _mount_tmpfs(options: "Mapping[str, str]") -> int:
