@@ -51,13 +51,22 @@ def find_needs(commandline: "CommandLine") -> "tuple[Need, ...]":
 
 def find_row(obj: Object, key: str) -> "Row | None":
     """Return the first row that applies to a member of an object."""
-    last = key.rpartition(".")[2]
     rows: "list[Row]" = _ROWS_BY_KIND.get(obj.kind, []) + _ROWS_BY_KIND["*"]
     for row in rows:
-        named = row.key == key or (row.key.startswith("**.") and row.key[3:] == last)
-        if named and all((as_switch(obj.get(name)) or "") in values for name, values in row.when):
+        outer = _match(row.key, key)
+        if outer is not None and all((as_switch(obj.get(outer + name)) or "") in values for name, values in row.when):
             return row
     return None
+
+
+def _match(pattern: str, key: str) -> "str | None":
+    """Return what precedes the pattern in a key ("" or "file." or the like), None if it does not match."""
+    if not pattern.startswith("**."):
+        return "" if key == pattern else None
+    inner = pattern[len("**.") :]
+    if key == inner:
+        return ""
+    return key.removesuffix(inner) if key.endswith(f".{inner}") else None
 
 
 def _find_object_needs(obj: Object) -> "Iterator[Need]":

@@ -2,7 +2,8 @@
 
 One table for the command line, -readconfig sections, -set, and QMP commands, which all build the same objects. A row with
 conditions applies only to objects whose members have one of the values; "" stands for a member that is not there. A key
-that begins with "**." matches that last component at any depth. What no row names goes to QEMU as it is.
+that begins with "**." matches at any depth, and its conditions are about members of that depth. What no row names goes to
+QEMU as it is.
 
 Source: QEMU's qemu-options.hx and qapi/*.json, 7.2 to 11.0.
 """
@@ -51,8 +52,6 @@ ROWS: "tuple[Row, ...]" = (
     Row("option-rom", "romfile", ways.FIRMWARE),
     Row("device", "romfile", ways.FIRMWARE),
     Row("boot", "splash", ways.FIRMWARE),
-    Row("acpi", "file", ways.READ_LIST),
-    Row("acpi", "data", ways.READ_LIST),
     Row("acpitable", "file", ways.READ_LIST),
     Row("acpitable", "data", ways.READ_LIST),
     Row("smbios", "file", ways.READ),
@@ -79,7 +78,7 @@ ROWS: "tuple[Row, ...]" = (
     Row("blockdev", "**.server.path", ways.SOCKET),
     Row("drive", "**.server.path", ways.SOCKET),
     Row("blockdev", "**.path", ways.SOCKET, (("driver", ("nbd",)),)),
-    Row("drive", "file.path", ways.SOCKET, (("file.driver", ("nbd",)),)),
+    Row("drive", "**.path", ways.SOCKET, (("driver", ("nbd",)),)),
     Row("iscsi", "initiator-name-file", ways.READ),
     # Memory
     *_with_values("mem-path", ways.MEMORY),
@@ -145,7 +144,7 @@ ROWS: "tuple[Row, ...]" = (
     # Fds of the caller
     *(Row("*", f"**.{key}", ways.FD) for key in ("fd", "vhostfd", "sock_fd")),
     *(Row("*", f"**.{key}", ways.FDS) for key in ("fds", "vhostfds", "sock-fds", "ebpf-rss-fds")),
-    *(Row("*", f"{prefix}str", ways.FD, ((f"{prefix}type", ("fd",)),)) for prefix in ("addr.", "local.", "remote.", "server.")),
+    Row("*", "**.str", ways.FD, (("type", ("fd",)),)),
     Row("incoming", "value", ways.INCOMING),
     # What this program does itself
     Row("runas", "value", ways.CONSUME, reason="QEMU runs as that user from the start"),

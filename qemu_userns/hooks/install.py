@@ -12,8 +12,10 @@ _ENTRY = """#!{python} -IS
 import sys
 
 sys.path += {path!r}
-from qemu_userns.hooks.dropin import main
-
+try:
+    from qemu_userns.hooks.dropin import main
+except (ImportError, OSError) as error:
+    sys.exit(f"qemu-userns: cannot be loaded: {{error}}\\nhint: install it again, and the entries with qemu-userns install")
 main(__file__)
 """
 _PREFIX = "qemu-system-"

@@ -5,7 +5,7 @@ import stat
 
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.leftovers import Leftover, remove
-from qemu_userns.host.realpath import Parent, open_real
+from qemu_userns.host.realpath import Parent, is_trusted, open_real
 from qemu_userns.host.usernamespace import map_mount
 from qemu_userns.linux import mount
 from qemu_userns.plan.grants import Bind, Connect, Create, CreateDir, Grant, KeepFd, Listen, Node, OpenFd, Reserved
@@ -123,7 +123,7 @@ def _open(grant: Grant, plan: "Plan", lease_fd: "int | None", opened: Opened) ->
         case CreateDir():
             _create_directory(grant, plan, opened)
         case Listen():
-            _listen(grant, opened)
+            _listen(grant, plan, opened)
         case Connect():
             _connect(grant, opened)
 
@@ -178,8 +178,12 @@ def _create_directory(grant: CreateDir, plan: "Plan", opened: Opened) -> None:
     opened.places[grant.path] = place
 
 
-def _listen(grant: Listen, opened: Opened) -> None:
-    """Bind and listen as QEMU does: what is at the path goes, mode and owner are the umask's and the caller's."""
+def _listen(grant: Listen, plan: "Plan", opened: Opened) -> None:
+    """Bind and listen as QEMU does: what is at the path goes, mode and owner are the umask's and the caller's.
+
+    The address is the caller's own spelling, since QEMU reports it, unless root would follow it through a directory in which
+    somebody else could put a symlink meanwhile.
+    """
     import _socket
 
     socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
@@ -188,7 +192,8 @@ def _listen(grant: Listen, opened: Opened) -> None:
             os.unlink(parent.name, dir_fd=parent.fd)
         except FileNotFoundError:
             pass
-        socket.bind(os.fsencode(grant.path))
+        trusted = not plan.identity.switch or is_trusted(os.path.dirname(grant.path))
+        socket.bind(os.fsencode(grant.given if trusted else parent.path))
         opened.created(grant.path, parent.status(), True)
     socket.listen(1)
     _number(socket.detach(), grant.number, opened)

@@ -50,6 +50,8 @@ class PathWalker:
         try:
             real = walk.follow(given)
             found = self._lstat(real)
+            if given.endswith(("/", "/.")) and not stat.S_ISDIR(found.st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), given)
         except FileNotFoundError:
             real, found = walk.missing(), None
         except OSError as err:
@@ -101,6 +103,8 @@ class _Walk:
 
     def follow(self, path: str) -> str:
         """Walk `path`; return the real path of its end."""
+        if not path:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         self._push(path)
         while self._todo:
             name = self._todo[-1]

@@ -7,6 +7,7 @@ Source: openat2(2), RESOLVE_NO_SYMLINKS, Linux 5.6.
 """
 
 import os
+import stat
 
 from qemu_userns.linux import mount
 
@@ -53,3 +54,18 @@ class Parent:
     def path(self) -> str:
         """A path of the entry for calls that take no directory, short enough for a socket's address."""
         return f"/proc/self/fd/{self.fd}/{self.name}"
+
+
+def is_trusted(directory: str) -> bool:
+    """Say whether nobody but root can change where a real path leads: no directory on the way takes entries from others.
+
+    A sticky directory (/tmp) lets others make entries but not replace root's.
+    """
+    while directory != "/":
+        above = os.path.dirname(directory)
+        entry, found = os.lstat(directory), os.lstat(above)
+        sticky = found.st_mode & stat.S_ISVTX and entry.st_uid == 0
+        if found.st_uid != 0 or (found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky):
+            return False
+        directory = above
+    return True

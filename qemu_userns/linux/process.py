@@ -37,10 +37,14 @@ def unshare(flags: int) -> None:
     if sys.version_info >= (3, 12):
         os.unshare(flags)
     else:
-        # The same binding for Python 3.11; its C function raises OSError alike.
+        # The same binding for Python 3.11, but for the exception that it raises.
         from unshare import unshare as unshare_before_312
 
-        unshare_before_312(flags)
+        try:
+            unshare_before_312(flags)
+        except RuntimeError as err:
+            code = int(err.args[0])
+            raise OSError(code, os.strerror(code)) from err
 
 
 def setns(fd: int, nstype: int) -> None:
@@ -94,10 +98,11 @@ def close_range(first: int, last: int, flags: int) -> None:
     syscall(436, first, last, flags)
 
 
-SIGPIPE, SIGCHLD, SIGXFSZ, SIG_DFL = 13, 17, 25, 0
-_signal = find_function("signal", 2)
+SIGPIPE, SIGCHLD, SIGXFSZ = 13, 17, 25
+_sigaction = find_function("sigaction", 3)
+_SIZE_OF_SIGACTION = 256  # more than any architecture's; all zero is SIG_DFL without flags
 
 
 def reset_signal(number: int) -> None:
-    """Give a signal its default action: signal(2)."""
-    call(_signal, number, SIG_DFL)
+    """Give a signal its default action: sigaction(2)."""
+    call(_sigaction, number, bytes(_SIZE_OF_SIGACTION), None)

@@ -27,6 +27,12 @@ class _Word(Scalar):
     _type_ = "P"
 
 
+class _Int(Scalar):
+    """A C int."""
+
+    _type_ = "i"
+
+
 class _Long(Scalar):
     """A C long."""
 
@@ -34,7 +40,14 @@ class _Long(Scalar):
 
 
 class _Function(CFuncPtr):
-    """A C function that returns a long and sets errno."""
+    """A C function that returns an int and sets errno. Read as a long, its -1 would be 4294967295 and no error."""
+
+    _flags_ = FUNCFLAG_CDECL | FUNCFLAG_USE_ERRNO
+    _restype_ = _Int
+
+
+class _SystemCall(CFuncPtr):
+    """The C function syscall(), which returns a long."""
 
     _flags_ = FUNCFLAG_CDECL | FUNCFLAG_USE_ERRNO
     _restype_ = _Long
@@ -62,7 +75,7 @@ def find_function(name: str, argument_count: int) -> "_Function":
     return function
 
 
-def call(function: "_Function", *arguments: "Argument", path: "str | bytes | None" = None) -> int:
+def call(function: "_Function | _SystemCall", *arguments: "Argument", path: "str | bytes | None" = None) -> int:
     """Call a function that returns -1 and errno on failure.
 
     Args:
@@ -83,7 +96,8 @@ def call(function: "_Function", *arguments: "Argument", path: "str | bytes | Non
     return result
 
 
-_syscall = find_function("syscall", 7)
+_syscall = _SystemCall(dlsym(_PROCESS, "syscall"))
+_syscall.argtypes = (_Word,) * 7
 
 
 def syscall(number: int, *arguments: "Argument", path: "str | bytes | None" = None) -> int:
@@ -97,10 +111,8 @@ def syscall(number: int, *arguments: "Argument", path: "str | bytes | None" = No
     return call(_syscall, number, *arguments, *(0,) * (6 - len(arguments)), path=path)
 
 
-class IntResult(Scalar):
+class IntResult(_Int):
     """A C int that the kernel writes a result to."""
-
-    _type_ = "i"
 
     @property
     def address(self) -> int:

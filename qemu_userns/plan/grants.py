@@ -146,6 +146,7 @@ class Listen(Grant):
     """A listening unix socket bound outside at the caller's path, passed by number."""
 
     path: str
+    given: str  # the path as the caller spells it, which is what QEMU reports
     number: int
 
     def describe(self) -> str:

@@ -8,7 +8,7 @@ from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.cmdline.source import append, drop, remove
 from qemu_userns.plan import images
 from qemu_userns.plan.base import KVM
-from qemu_userns.plan.draft import SEARCH
+from qemu_userns.plan.draft import SEARCH, is_shown
 from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, DIRECTORY, REGULAR, SOCKET
 from qemu_userns.plan.grants import READ, WRITE, Connect, Consume, Create, Listen, Node
 
@@ -78,14 +78,10 @@ def _made(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     directory = need.path.rpartition("/")[0] or ("/" if need.path.startswith("/") else ".")
     fact = draft.path(directory)
     if draft.check(need.replace(path=directory), fact, READ | WRITE):
-        if not draft.may(fact, READ | WRITE | SEARCH):
-            draft.refuse(
-                f"{need.describe()} {need.path}",
-                f"QEMU's id {draft.identity.uid} may not make it there",
-                "use a directory of that id",
-            )
-            return
-        draft.bind(fact, True, need.describe())
+        if draft.may(fact, READ | WRITE | SEARCH):
+            draft.bind(fact, True, need.describe())
+        else:
+            _refuse_access(draft, need.replace(path=directory), "make anything in it")
 
 
 def _write(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -141,11 +137,13 @@ def _create(draft: "Draft", need: "Need", mode: int, temporary: bool) -> None:
 def _memory(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Show a file that backs memory, or the directory (hugetlbfs) in which QEMU makes an unnamed one."""
     fact = draft.path(need.path)
-    if fact.kind == DIRECTORY:
-        if draft.check(need, fact, READ | WRITE):
-            draft.bind(fact, True, need.describe())
-    else:
+    if fact.kind != DIRECTORY:
         _write(draft, need, commandline)
+    elif draft.check(need, fact, READ | WRITE):
+        if is_shown(fact.real) or draft.may(fact, READ | WRITE | SEARCH):
+            draft.bind(fact, True, need.describe())
+        else:
+            _refuse_access(draft, need, "make files in it")
 
 
 def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
@@ -192,12 +190,14 @@ def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         directory = draft.path(need.path.rpartition("/")[0] or ("/" if need.path.startswith("/") else "."))
         if draft.check(need.replace(path=directory.given), directory, READ):
             draft.bind(directory, False, need.describe())
-    elif fact.kind == SOCKET and not draft.may(fact, WRITE) and draft.facts.caller.root and need.obj.kind == "chardev":
+    elif fact.kind == SOCKET and draft.may(fact, WRITE):
+        draft.bind(fact, True, need.describe())
+    elif fact.kind == SOCKET and draft.caller_may(fact, WRITE) and (need.obj.kind == "chardev" or need.legacy is not None):
         number = draft.next_fd()
         draft.add(Connect(need.describe(), fact.real, number))
         _replace_path_by_fd(draft, need, number)
     elif fact.kind == SOCKET:
-        draft.bind(fact, True, need.describe())
+        _refuse_access(draft, need, "connect to it")
     elif fact.error is None and fact.kind == ABSENT:
         draft.way_to(fact, need.describe())  # QEMU says that nobody is there
 
@@ -209,7 +209,7 @@ def _listen(draft: "Draft", need: "Need") -> None:
         draft.refuse(f"{need.describe()} {need.path}", fact.error or "Permission denied", "the caller cannot make a socket there")
         return
     number = draft.next_fd()
-    draft.add(Listen(need.describe(), fact.real, number))
+    draft.add(Listen(need.describe(), fact.real, need.path, number))
     _replace_path_by_fd(draft, need, number)
 
 
@@ -261,8 +261,20 @@ def _device(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     if draft.facts.caller.root and fact.kind in (CHARACTER, BLOCK) and not draft.may(fact, READ | WRITE):
         draft.way_to(fact, need.describe())
         draft.add(Node(need.describe(), fact.real, fact.device, fact.kind == BLOCK))
+    elif draft.facts.caller.root and not draft.may(fact, WRITE):
+        _refuse_access(draft, need, "open it")
     else:
         draft.bind(fact, True, need.describe(), device=fact.kind in (CHARACTER, BLOCK))
+
+
+def _refuse_access(draft: "Draft", need: "Need", what: str) -> None:
+    """Refuse what QEMU's id may not do, and what no fd can stand in for."""
+    fact = draft.path(need.path)
+    draft.refuse(
+        f"{need.describe()} {need.path}",
+        f"QEMU's id {draft.identity.uid} may not {what}",
+        f"it belongs to {fact.uid}:{fact.gid} and has mode {fact.mode & 0o7777:04o}; change that, or use -run-with user=",
+    )
 
 
 def _kvm(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:

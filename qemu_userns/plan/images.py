@@ -1,7 +1,7 @@
 """Hand over what the block layer opens. Pure."""
 
 from qemu_userns.catalogue.images import find_layer
-from qemu_userns.cmdline.source import append, replace
+from qemu_userns.cmdline.source import append, drop, replace
 from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, REGULAR
 from qemu_userns.plan.grants import READ, WRITE, Node, OpenFd
 
@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from qemu_userns.plan.facts import ImageFact, PathFact
 
 _O_RDONLY, _O_RDWR = 0, 2
+# What QEMU makes of the short options, and of a word without option.
+_DRIVES = {
+    "disk": "index=0,media=disk",
+    "hda": "index=0,media=disk",
+    "hdb": "index=1,media=disk",
+    "hdc": "index=2,media=disk",
+    "hdd": "index=3,media=disk",
+    "cdrom": "index=2,media=cdrom",
+    "fda": "if=floppy,index=0",
+    "fdb": "if=floppy,index=1",
+    "mtdblock": "if=mtd",
+    "sd": "if=sd",
+    "pflash": "if=pflash",
+}
 
 
 def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -37,7 +51,7 @@ def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     elif not writable:
         draft.bind(fact, False, why)
     else:
-        _pass_in_fdset(draft, need, fact)
+        _pass_in_fdset(draft, need, fact, commandline)
     for image in draft.facts.images.get(need.path, ()):
         other = draft.path(image.path)
         if other.kind in (REGULAR, BLOCK) and draft.may(other, READ):
@@ -69,7 +83,7 @@ def _is_written(need: "Need", commandline: "CommandLine") -> bool:
     return not any(option.name == "snapshot" for option in commandline.options)
 
 
-def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact") -> None:
+def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact", commandline: "CommandLine") -> None:
     """Open an image outside, read-only and read-write, and name the fdset instead of the path.
 
     Both modes, because QEMU opens images read-only first and takes an fd only when its access mode is the same.
@@ -84,6 +98,9 @@ def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact") -> None:
         draft.words += ("-add-fd", f"fd={number},set={fdset},opaque={need.path.replace(',', ',,')}")
     if need.member is None:
         return
+    if need.obj.form == "word":
+        _turn_into_drive(draft, need, name, why, commandline, relative)
+        return
     part = need.part
     value = name
     if part is not None:
@@ -94,18 +111,23 @@ def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact") -> None:
         _name_backing(draft, need, relative[0])
 
 
+def _turn_into_drive(
+    draft: "Draft", need: "Need", name: str, why: str, commandline: "CommandLine", backing: "list[ImageFact]"
+) -> None:
+    """Write -hda FILE and its like as the -drive that QEMU makes of it, which can name a backing file too."""
+    members = [_DRIVES[need.obj.kind], f"file={name}"]
+    for image in backing:
+        path = image.path.replace(",", ",,")
+        members += [f"backing.driver={image.format or 'raw'}", "backing.file.driver=file", f"backing.file.filename={path}"]
+    draft.words += ("-drive", ",".join(members))
+    draft.edits.append(drop(commandline.options[need.obj.option], why))
+
+
 def _name_backing(draft: "Draft", need: "Need", backing: "ImageFact") -> None:
     """Name the backing file of an image in an fdset: its header's name would be looked for beside /dev/fdset/N."""
     member = need.member
     layer = None if member is None else find_layer(need.obj, member.key, draft.objects)
     if layer is None or any(layer.obj.find(f"{layer.prefix}{key}") for key in ("backing", "backing.file.filename")):
-        return
-    if layer.obj.form == "word":
-        draft.refuse(
-            f"{need.describe()} {need.path}",
-            f"it has a backing file, and QEMU's id {draft.identity.uid} may not write it",
-            "use -drive file=..., which can name the backing file too, or -run-with user= with its owner",
-        )
         return
     why = f"the backing file of {need.path}, which its fdset cannot lead to"
     driver = (("backing.driver", backing.format or "raw"), ("backing.file.driver", "file"))

@@ -49,6 +49,7 @@ def _stronger(first: "Placed", second: "Placed") -> "Placed":
     if isinstance(first, Bind) and isinstance(second, Bind):
         return first.replace(
             writable=first.writable or second.writable,
+            device=first.device or second.device,
             why=first.why if first.why == second.why else f"{first.why}, {second.why}",
             owner=first.owner if first.owner is not None else second.owner,
         )

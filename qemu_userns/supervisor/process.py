@@ -143,7 +143,10 @@ def _make_namespace(identity: "Identity", answer: int) -> "Holder | None":
         words = (READY, str(holder.pid), "", "")
     except (HostError, SandboxError) as err:
         words = (type(err).__name__, err.what, err.why, err.hint or "")
-    os.write(answer, os.fsencode("\0".join(words)))
+    try:
+        os.write(answer, os.fsencode("\0".join(words)))
+    except BrokenPipeError:
+        pass  # the launcher has died, which the other pipe tells
     os.close(answer)
     return holder
 
