@@ -6,6 +6,7 @@ variable QEMU_USERNS_MUST_RUN is `all`, or lists the mark (`userns,qemu`), it fa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -222,4 +223,8 @@ def open_fds() -> dict[int, str]:
 
 def child_pids() -> set[int]:
     """Return the children of this process, zombies too."""
-    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has ended, pytest's faulthandler has one
+            found.update(map(int, (task / "children").read_text().split()))
+    return found

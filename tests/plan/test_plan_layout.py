@@ -1,0 +1,128 @@
+"""The layout of a view: order, and nothing that is shown becomes less than was granted."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qemu_userns.plan.grants import Bind, Copy, Create, CreateDir, Grant, KeepFd, Link, Node, Private, Refuse
+from qemu_userns.plan.layout import build_layout, is_below
+
+NAMES = st.sampled_from(["a", "b", "ab", "a.b", "a-", "A"])
+PATHS = st.lists(NAMES, min_size=1, max_size=4).map(lambda names: "/" + "/".join(names))
+GRANTS = st.one_of(
+    st.builds(Bind, st.just("why"), PATHS, st.booleans(), st.booleans(), st.just((1, 2)), st.sampled_from([None, (0, 0)])),
+    st.builds(Private, st.just("why"), PATHS, st.just(0o755), st.booleans()),
+    st.builds(Link, st.just("why"), PATHS, st.just("target")),
+    st.builds(Copy, st.just("why"), PATHS, st.just("text")),
+    st.builds(Create, st.just("why"), PATHS, st.just(0o600)),
+    st.builds(CreateDir, st.just("why"), PATHS),
+    st.builds(Node, st.just("why"), PATHS, st.just(1), st.booleans()),
+    st.builds(KeepFd, st.just("why"), st.integers(3, 9)),
+    st.builds(Refuse, st.just("why"), st.just("reason")),
+)
+
+
+def seen_through(layout: tuple[Grant, ...], path: str) -> Grant | None:
+    """Return what shows a path: the deepest grant at or above it."""
+    above = [grant for grant in layout if not isinstance(grant, Link) and is_below(path, grant.path)]  # type: ignore[attr-defined]
+    return max(above, key=lambda grant: len(grant.path), default=None)  # type: ignore[attr-defined]
+
+
+@given(st.lists(GRANTS, max_size=12))
+def test_parents_come_before_what_lies_in_them(grants: list[Grant]) -> None:
+    paths = [grant.path for grant in build_layout(grants)]
+    assert len(set(paths)) == len(paths)
+    for index, path in enumerate(paths):
+        assert not any(is_below(other, path) for other in paths[:index] if other != path)
+
+
+@given(st.lists(GRANTS, max_size=12))
+def test_what_was_granted_writable_stays_writable(grants: list[Grant]) -> None:
+    layout = build_layout(grants)
+    for grant in grants:
+        if isinstance(grant, Create | CreateDir):
+            shown = seen_through(layout, grant.path)
+            assert isinstance(shown, Create | CreateDir | Copy | Node) or (isinstance(shown, Bind) and shown.writable), grant
+        elif isinstance(grant, Bind) and grant.writable:
+            shown = seen_through(layout, grant.path)
+            assert not isinstance(shown, Bind) or shown.writable, (grant, shown)
+
+
+@given(st.lists(GRANTS, max_size=12))
+def test_nothing_becomes_writable_that_was_not_granted_so(grants: list[Grant]) -> None:
+    writable = {grant.path for grant in grants if isinstance(grant, Bind) and grant.writable}
+    assert {grant.path for grant in build_layout(grants) if isinstance(grant, Bind) and grant.writable} <= writable
+
+
+@given(st.lists(GRANTS, max_size=12))
+def test_it_is_the_same_when_done_twice(grants: list[Grant]) -> None:
+    layout = build_layout(grants)
+    assert build_layout(layout) == layout
+    assert build_layout([*grants, *grants]) == layout
+
+
+@given(st.permutations([Bind("a", "/a", True), Bind("b", "/a/b"), Private("c", "/a/b/c"), Create("d", "/a/d", 0o600)]))
+def test_the_order_of_the_grants_does_not_matter(grants: list[Grant]) -> None:
+    assert [grant.path for grant in build_layout(grants)] == ["/a"]
+
+
+@pytest.mark.parametrize(
+    ("grants", "paths"),
+    [
+        ([Bind("w", "/usr"), Bind("w", "/usr/bin/x")], ["/usr"]),
+        ([Bind("w", "/usr"), Bind("w", "/usr/bin/x", True)], ["/usr", "/usr/bin/x"]),
+        ([Bind("w", "/a", True), Bind("w", "/a/b")], ["/a"]),
+        ([Bind("w", "/usr"), Bind("w", "/usr/dev", True, True)], ["/usr", "/usr/dev"]),
+        ([Bind("w", "/usr"), Link("w", "/usr/lib/x", "y")], ["/usr"]),
+        ([Bind("w", "/usr"), Bind("w", "/usr2/x")], ["/usr", "/usr2/x"]),
+        ([Bind("w", "/a-b"), Bind("w", "/a"), Bind("w", "/a/c", True)], ["/a", "/a/c", "/a-b"]),
+        ([Private("w", "/tmp"), Bind("w", "/tmp/x")], ["/tmp", "/tmp/x"]),
+        ([Private("w", "/tmp"), Link("w", "/tmp/l", "x")], ["/tmp", "/tmp/l"]),
+        ([Bind("w", "/home"), Private("w", "/home/me", tmpfs=False)], ["/home"]),
+        ([Bind("w", "/home"), Private("w", "/home/me")], ["/home"]),
+        ([Bind("w", "/a", True), Create("w", "/a/log", 0o600)], ["/a"]),
+        ([Bind("w", "/a", True), CreateDir("w", "/a/tmp")], ["/a"]),
+        ([Bind("w", "/a"), CreateDir("w", "/a/tmp")], ["/a", "/a/tmp"]),
+        ([Bind("w", "/a"), Create("w", "/a/log", 0o600)], ["/a", "/a/log"]),
+        ([Bind("w", "/a"), Bind("w", "/a/x", owner=(0, 0))], ["/a", "/a/x"]),
+        ([KeepFd("w", 3), Refuse("w", "no")], []),
+    ],
+    ids=str,
+)
+def test_what_a_bind_shows_already_is_left_out(grants: list[Grant], paths: list[str]) -> None:
+    assert [grant.path for grant in build_layout(grants)] == paths
+
+
+def test_two_readers_of_a_file_are_both_served() -> None:
+    grants = [Bind("-drive file", "/x", True, inode=(1, 2)), Bind("-kernel", "/x", inode=(1, 2))]
+    for order in (grants, grants[::-1]):
+        (only,) = build_layout(order)
+        assert isinstance(only, Bind)
+        assert only.writable
+        assert set(only.why.split(", ")) == {"-drive file", "-kernel"}
+
+
+def test_a_device_and_a_file_at_one_path() -> None:
+    """-drive file=/dev/x and -serial /dev/x, in either order."""
+    grants = [Bind("-serial", "/dev/x", True, True), Bind("-drive file", "/dev/x")]
+    for order in (grants, grants[::-1]):
+        (only,) = build_layout(order)
+        assert isinstance(only, Bind)
+        assert only.device
+
+
+@pytest.mark.parametrize(
+    ("path", "directory", "below"),
+    [
+        ("/a/b", "/a", True),
+        ("/a", "/a", True),
+        ("/ab", "/a", False),
+        ("/a", "/", True),
+        ("/", "/a", False),
+        ("/a/b", "/a/", True),
+    ],
+)
+def test_is_below(path: str, directory: str, below: bool) -> None:
+    assert is_below(path, directory) is below

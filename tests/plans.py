@@ -1,0 +1,180 @@
+"""Plans made from words and made-up hosts, for the tests of the pure rooms.
+
+What a path of the made-up host is, its last component says: dir, file, new (nothing there), sock, char, block, fifo, with
+anything behind it; `root` in it makes it root's alone, `deny` unreadable for the caller.
+"""
+
+from __future__ import annotations
+
+import stat
+from typing import TYPE_CHECKING
+
+from qemu_userns.catalogue.needs import find_needs
+from qemu_userns.cmdline.objects import CommandLine, parse
+from qemu_userns.cmdline.table import BUILTIN
+from qemu_userns.plan.base import BASE
+from qemu_userns.plan.build import Program, Settings, build_plan
+from qemu_userns.plan.facts import (
+    ABSENT,
+    BLOCK,
+    CHARACTER,
+    DIRECTORY,
+    FIFO,
+    REGULAR,
+    SOCKET,
+    Account,
+    Caller,
+    HostFacts,
+    ImageFact,
+    PathFact,
+)
+from qemu_userns.plan.grants import (
+    Bind,
+    Connect,
+    Consume,
+    Copy,
+    Create,
+    CreateDir,
+    Grant,
+    KeepFd,
+    Link,
+    Listen,
+    Node,
+    OpenFd,
+    Private,
+    Refuse,
+    Reserved,
+)
+from qemu_userns.plan.identity import DIRECT, NEWIDMAP, Identity, MapEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from qemu_userns.plan.plan import Plan
+
+UID = 1000
+CWD = "/home/user"
+KINDS = {
+    "dir": (DIRECTORY, stat.S_IFDIR | 0o755),
+    "file": (REGULAR, stat.S_IFREG | 0o644),
+    "new": (ABSENT, 0),
+    "sock": (SOCKET, stat.S_IFSOCK | 0o755),
+    "char": (CHARACTER, stat.S_IFCHR | 0o660),
+    "kvm": (CHARACTER, stat.S_IFCHR | 0o666),
+    "ptmx": (CHARACTER, stat.S_IFCHR | 0o666),
+    "block": (BLOCK, stat.S_IFBLK | 0o660),
+    "fifo": (FIFO, stat.S_IFIFO | 0o644),
+}
+USER = Identity(UID, UID, (UID,), False, NEWIDMAP, (MapEntry(0, UID, 1),), (MapEntry(0, UID, 1),), "the caller")
+LEASED = Identity(600_000, 600_000, (), True, DIRECT, (MapEntry(0, 600_000, 65536),), (MapEntry(0, 600_000, 65536),), "leased")
+
+
+class MadeUpPaths(dict[str, PathFact]):
+    """The fact of every path, made when it is asked for."""
+
+    def __init__(self, root: bool) -> None:
+        super().__init__()
+        self._root = root
+
+    def __missing__(self, path: str) -> PathFact:
+        fact = self[path] = make_fact(path, self._root)
+        return fact
+
+    def get(self, path: str, default: object = None) -> PathFact:
+        return self[path]
+
+
+def make_fact(path: str, root: bool = False) -> PathFact:
+    """Return the fact that the name says."""
+    number = path.rpartition("/")[2]
+    if path.startswith("/dev/fd/"):
+        return PathFact(path, path, REGULAR, fd=int(number), readable=True, writable=True)
+    real = path if path.startswith("/") else f"{CWD}/{path}".replace("/./", "/").removesuffix("/.")
+    name = real.rpartition("/")[2]
+    kind, mode = next((known for key, known in KINDS.items() if name.startswith(key)), (DIRECTORY, stat.S_IFDIR | 0o755))
+    owner = 0 if "root" in name else UID
+    if owner == 0 and kind in (REGULAR, SOCKET, FIFO):
+        mode = stat.S_IFMT(mode) | 0o600
+    may = (root or owner == UID) and "deny" not in name and kind != ABSENT
+    inode = (1, abs(hash(real)) % 10**9)
+    return PathFact(
+        path,
+        real,
+        kind,
+        mode=mode,
+        uid=owner,
+        gid=owner,
+        inode=inode,
+        readable=may,
+        writable=may,
+        parent_writable=root or owner != 0,
+    )
+
+
+def read(*words: str, configs: Mapping[int, str] | None = None) -> CommandLine:
+    return parse(words, BUILTIN, configs or {})
+
+
+def make_facts(
+    root: bool = False,
+    fds: Sequence[int] = (),
+    images: Mapping[str, tuple[ImageFact, ...]] | None = None,
+    environ: Mapping[str, str] | None = None,
+    landlock_abi: int = 6,
+) -> HostFacts:
+    """Return a made-up host that has nothing that every view would show."""
+    account = Account("root", 0, 0, (0,)) if root else Account("user", UID, UID, (UID,))
+    caller = Caller(account, root, CWD, CWD, 0o022, frozenset((0, 1, 2, *fds)))
+    base = tuple(PathFact(entry.path, entry.path, ABSENT) for entry in BASE)
+    return HostFacts(caller, MadeUpPaths(root), images or {}, base, environ or {}, landlock_abi=landlock_abi)
+
+
+def plan_of(
+    *words: str,
+    root: bool = False,
+    fds: Sequence[int] = (),
+    images: Mapping[str, tuple[ImageFact, ...]] | None = None,
+    configs: Mapping[int, str] | None = None,
+    settings: Settings | None = None,
+    environ: Mapping[str, str] | None = None,
+    seccomp: bool = True,
+    landlock_abi: int = 6,
+) -> Plan:
+    """Plan a command line for an unprivileged caller, or for root with leased ids."""
+    commandline = read(*words, configs=configs)
+    needs = find_needs(commandline)
+    program = Program("/usr/bin/file-qemu", (7, 2, 22), seccomp, ())
+    facts = make_facts(root, fds, images, environ, landlock_abi)
+    return build_plan("qemu", commandline, needs, facts, LEASED if root else USER, program, settings or Settings(), leased=root)
+
+
+def asked_for(plan: Plan) -> list[str]:
+    """Return in short what a plan grants beyond what every plan does."""
+    always = set(plan_of(root=plan.identity is LEASED).grants)
+    return [brief(grant) for grant in plan.grants if grant not in always and not isinstance(grant, Reserved)]
+
+
+def brief(grant: Grant) -> str:
+    """Return a grant in a few words."""
+    match grant:
+        case Bind():
+            access = "device" if grant.device else "rw" if grant.writable else "ro"
+            return f"{access} {grant.path}" + ("" if grant.owner is None else " as owner")
+        case Create():
+            return f"create {grant.path}" + (" over" if grant.overwrites else "") + (" temporary" if grant.temporary else "")
+        case Link():
+            return f"link {grant.path}"
+        case Private():
+            return f"private {grant.path}"
+        case CreateDir() | Listen() | Connect() | Node() | Copy():
+            return f"{type(grant).__name__.lower()} {grant.path}"
+        case KeepFd():
+            return f"fd {grant.number}" + (" reopened" if grant.reopened else "")
+        case OpenFd():
+            return f"open {grant.path} {('r', 'w', 'rw')[grant.flags & 3]}"
+        case Consume():
+            return "consume"
+        case Refuse():
+            return f"refuse: {grant.reason}"
+        case _:
+            raise TypeError(grant)
