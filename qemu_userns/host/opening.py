@@ -1,5 +1,6 @@
 """Open what a plan grants, with the caller's rights, before anything is unshared."""
 
+import errno
 import os
 import stat
 
@@ -148,22 +149,39 @@ def _open_checked(grant: OpenFd) -> int:
 
 def _create(grant: Create, plan: "Plan", opened: Opened) -> None:
     """Create an empty file for QEMU, or note that the one that is there stays."""
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     with Parent(grant.path) as parent:
         if grant.overwrites:
             os.unlink(parent.name, dir_fd=parent.fd)
         try:
-            fd = os.open(parent.name, flags, grant.mode, dir_fd=parent.fd)
+            _link_new_file(parent, grant, plan, opened)
         except FileExistsError:
             found = parent.status()
             if not stat.S_ISREG(found.st_mode):
                 raise
             if grant.temporary:
                 opened.created(grant.path, found, True)
-            return
+
+
+def _link_new_file(parent: Parent, grant: Create, plan: "Plan", opened: Opened) -> None:
+    """Make a file without a name, tell the supervisor of it, and only then give it its name: open(2), O_TMPFILE.
+
+    So a launch that is killed at any point leaves no file that nobody knows of. Where the file system has no such files (NFS)
+    the file has its name from the start.
+    """
+    try:
+        fd = os.open(f"/proc/self/fd/{parent.fd}", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, grant.mode)
+        named = False
+    except OSError as err:
+        if err.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(parent.name, flags, grant.mode, dir_fd=parent.fd)
+        named = True
     opened.created(grant.path, os.fstat(fd), grant.temporary)
     if plan.identity.switch:
         os.fchown(fd, plan.identity.uid, plan.identity.gid)
+    if not named:
+        os.link(f"/proc/self/fd/{fd}", parent.name, dst_dir_fd=parent.fd, follow_symlinks=True)
     os.close(fd)
 
 
