@@ -10,7 +10,9 @@ import pytest
 from integration.leftovers import host_state
 from tests.conftest import (
     dropin_folder,
+    pytest_collection_modifyitems,
     pytest_configure,
+    pytest_runtest_makereport,
     pytest_runtest_setup,
     same_process,
     shared_tmp,
@@ -21,7 +23,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["pytest_configure", "pytest_runtest_setup", "same_process", "shared_tmp", "unprivileged_user"]
+__all__ = [
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_runtest_makereport",
+    "pytest_runtest_setup",
+    "same_process",
+    "shared_tmp",
+    "unprivileged_user",
+]
 
 GRACE_S = 5
 

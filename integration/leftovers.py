@@ -75,4 +75,4 @@ def is_ours(command: str) -> bool:
 
 def run_files() -> frozenset[str]:
     folders = [Path("/run/qemu-userns"), Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}") / "qemu-userns"]
-    return frozenset(str(path) for folder in folders for path in folder.glob("**/*"))
+    return frozenset(str(path) for folder in folders for path in folder.glob("**/*") if not path.is_dir())

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TEST_USER = "qemu-userns-test"  # scripts/setup creates it
@@ -140,7 +140,28 @@ def lacking(name: str, reason: str) -> NoReturn:
 def pytest_configure(config: pytest.Config) -> None:
     for name, (description, _) in PROBES.items():
         config.addinivalue_line("markers", f"{name}: needs {description}")
+    config.addinivalue_line("markers", "ordinary: not for a root caller")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not for this caller: the tests run as root and as an ordinary user."""
+    other = "ordinary" if os.geteuid() == 0 else "root"
+    left_out = [item for item in items if item.get_closest_marker(other)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker(other)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Make a failure of a skip where everything must run, whatever its reason."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and must_run("skips") and isinstance(report.longrepr, tuple):
+        kvm = "kvm: " in report.longrepr[2] and not KVM.exists()
+        report.outcome = "skipped" if kvm else "failed"
+        report.longrepr = report.longrepr if kvm else f"{item.nodeid}: {report.longrepr[2]} (QEMU_USERNS_MUST_RUN)"
+    return report
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -74,7 +74,7 @@ def parse_settings(words: "list[str]") -> "tuple[tuple[tuple[str, str], ...], tu
             raise UsageError(word, "not understood", "our own options are --KEY=VALUE, before the name of QEMU")
         settings.append((key, value))
     if end == len(words):
-        raise UsageError("qemu-userns run", "no QEMU is named", "qemu-userns run qemu-system-x86_64 ...")
+        raise UsageError("qemu-userns", "no QEMU is named", "qemu-userns run qemu-system-x86_64 ...")
     return tuple(settings), tuple(words[end:])
 
 

@@ -21,11 +21,10 @@ MAX_BYTES = 1 << 20
 MIN_POOL = 65536  # one lease
 CHOICES = {
     "fs": ("view", "host"),
-    "identity": ("auto", "subordinate", "lease", "caller"),
     "require": ("landlock",),
 }
 WORDS = {"on": True, "yes": True, "true": True, "": True, "off": False, "no": False, "false": False}
-TYPES = {"qemu": str, "fs": str, "identity": str, "pool": str, "idmap": list, "sandbox": str, "require": list, "off": bool}
+TYPES = {"qemu": str, "fs": str, "pool": str, "idmap": list, "sandbox": str, "require": list, "off": bool}
 
 
 class Config(Record):
@@ -33,7 +32,6 @@ class Config(Record):
 
     qemu: "tuple[tuple[str, str], ...]" = ()  # name and path of a QEMU; name "" is any, its path may be a directory
     fs: str = "view"  # or "host": QEMU sees the whole host tree
-    identity: str = "auto"  # or "subordinate", "lease", "caller"
     pool: "IdRange | None" = None  # where root leases from if /etc/subuid and /etc/subgid have nothing for it
     idmap: "tuple[IdMapEntry, ...]" = ()  # in addition to the identity's own
     sandbox: str = "auto"  # or "off", or the value of QEMU's -sandbox
@@ -100,7 +98,7 @@ def _apply(config: Config, settings: "Mapping[str, list[str]]", where: str) -> C
         what = f"{where}: {key}"
         if _names_qemu(key):
             qemu[key[len("qemu.") :]] = _parse_path(values[0], what)
-        elif key in ("fs", "identity"):
+        elif key == "fs":
             changes[key] = _parse_choice(values[0], CHOICES[key], what)
         elif key == "require":
             changes[key] = tuple(_parse_choice(value, CHOICES[key], what) for value in values)

@@ -26,7 +26,9 @@ def run_probes(path: str) -> "Facts":
     if not sandbox:
         version, errors = _run(path, "-version")
     if not parse_version(version):
-        raise HostError(path, f"does not work as QEMU: {(errors or version).strip()[:200]}", f"try `{path} -version`")
+        raise HostError(
+            path, f"does not work as QEMU: {(errors or version).strip()[:200] or 'it says nothing'}", f"try `{path} -version`"
+        )
     options = parse_help(_run(path, "-help")[0])
     lines = _run(path, "-L", "help")[0].split("\n")
     data_dirs = [os.path.normpath(line) for line in lines if line.startswith("/")]

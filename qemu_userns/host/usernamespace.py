@@ -61,13 +61,9 @@ def _hold(owner: "Identity | None", ready: int, hold: int, other_end: int) -> No
     try:
         os.close(other_end)
         if owner is not None and owner.switch:
+            # From here on not dumpable (prctl(2)), so that no other process of that id can look into what was root's.
             process.set_ids(owner.uid, owner.gid, owner.groups)
-            # Not dumpable, this process's files in /proc would be root's, setgroups among them.
-            process.prctl(process.PR_SET_DUMPABLE, 1)
         process.unshare(process.CLONE_NEWUSER)
-        # Forbidden before any gid map is written, also where newgidmap would leave it allowed: a process that can drop a
-        # group can read what the group is denied (CVE-2014-8989). QEMU's groups are set already.
-        write_file("/proc/self/setgroups", "deny")
     except OSError as err:
         code = err.errno or _EINVAL
     os.write(ready, str(code).encode())
@@ -85,6 +81,12 @@ def write_maps(pid: int, identity: "Identity") -> None:
         HostError: newuidmap or newgidmap is missing or refuses.
         SandboxError: the kernel refuses.
     """
+    try:
+        # Forbidden before any gid map is written, also where newgidmap would leave it allowed: a process that can drop a
+        # group can read what the group is denied (CVE-2014-8989). QEMU's groups are set already.
+        write_file(f"/proc/{pid}/setgroups", "deny")
+    except OSError as err:
+        raise SandboxError("cannot forbid setgroups", err.strerror or str(err)) from err
     if identity.method == NEWIDMAP:
         from qemu_userns.host.newidmap import run_newidmap
 

@@ -14,7 +14,8 @@ def become(identity: "Identity") -> None:
     """Switch from root to the outside identity.
 
     Should: run as root, after everything that needs root's rights was opened.
-    Must not: keep a root id anywhere, or lose PR_SET_PDEATHSIG, which the kernel clears when a uid changes (prctl(2)).
+    Must not: keep a root id anywhere; lose PR_SET_PDEATHSIG, which the kernel clears when a uid changes (prctl(2)); or become
+        dumpable again before execve: other processes of that id could take what was opened as root (CVE-2026-41163).
 
     Raises:
         SandboxError: a uid, gid or group cannot be set.
@@ -22,8 +23,6 @@ def become(identity: "Identity") -> None:
     signal, parent = process.get_pdeathsig(), os.getppid()
     try:
         process.set_ids(identity.uid, identity.gid, identity.groups)
-        # Not dumpable, this process's files in /proc would belong to root outside, and QEMU could not open /proc/self/fd.
-        process.prctl(process.PR_SET_DUMPABLE, 1)
         if signal:
             process.prctl(process.PR_SET_PDEATHSIG, signal)
             if os.getppid() != parent:  # it died while the signal was cleared

@@ -15,7 +15,6 @@ from qemu_userns.host.subids import IdMapEntry, IdRange
 
 WHOLE = """
 fs = "host"
-identity = "lease"
 pool = "600000-799999"
 idmap = ["both 1000 1000", "uid 5 2000\\ngid 6 2001"]
 sandbox = "on,spawn=allow"
@@ -41,7 +40,6 @@ def test_whole(file: Path) -> None:
     assert load_config([write(file, WHOLE)], None) == Config(
         qemu=(("qemu-system-x86_64", "/opt/qemu/bin/qemu-system-x86_64"),),
         fs="host",
-        identity="lease",
         pool=IdRange(600000, 200000),
         idmap=(IdMapEntry("both", 1000, 1000, 1), IdMapEntry("uid", 2000, 5, 1), IdMapEntry("gid", 2001, 6, 1)),
         sandbox="on,spawn=allow",
@@ -56,8 +54,8 @@ def test_absent_files_say_nothing(tmp_path: Path) -> None:
 
 def test_the_later_file_has_the_last_word(tmp_path: Path) -> None:
     first = write(tmp_path / "1", 'fs = "host"\nrequire = ["landlock"]\n[qemu]\na = "/a"\nb = "/b"\n')
-    second = write(tmp_path / "2", 'fs = "view"\nrequire = []\nidentity = "caller"\n[qemu]\nb = "/c"\n')
-    assert load_config([first, second], None) == Config(qemu=(("a", "/a"), ("b", "/c")), identity="caller")
+    second = write(tmp_path / "2", 'fs = "view"\nrequire = []\nsandbox = "off"\n[qemu]\nb = "/c"\n')
+    assert load_config([first, second], None) == Config(qemu=(("a", "/a"), ("b", "/c")), sandbox="off")
 
 
 def test_the_cache_saves_parsing(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +76,6 @@ def test_the_cache_saves_parsing(file: Path, tmp_path: Path, monkeypatch: pytest
         ('"qemu.x" = "/x"', "qemu.x", "no such setting"),
         ("fs = 1", "fs", "is not a str"),
         ('fs = "all"', "fs", "not a choice"),
-        ('identity = "root"', "identity", "not a choice"),
         ('pool = "5"', "pool", "not a range"),
         ('pool = "0-99999"', "pool", "not a range"),
         ('pool = "900000-600000"', "pool", "not a range"),

@@ -167,7 +167,7 @@ def test_an_unlocked_range_with_a_process_in_it_is_not_free(run_dir: str, monkey
         release(held)
 
 
-@pytest.mark.skipif(UID != 0, reason="needs CAP_SETUID")
+@pytest.mark.root
 @pytest.mark.parametrize("uids", [(5, 0, 0), (0, 5, 0), (0, 0, 5)])
 def test_all_three_uids_of_a_process_are_seen(uids: "tuple[int, int, int]") -> None:
     first = 1_900_000_000
