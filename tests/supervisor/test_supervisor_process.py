@@ -150,8 +150,14 @@ def test_after_commit_what_is_temporary_goes_at_the_end(tmp_path: Path) -> None:
     try:
         pipe = in_launcher(launcher)
         # Waiting, it has become main.py: its command line says nothing of the caller's.
-        wait_until(lambda: supervisors_of(pipe))
-        (pid,) = supervisors_of(pipe)
+        found: list[int] = []
+
+        def is_main() -> bool:
+            found[:] = supervisors_of(pipe)
+            return len(found) == 1 and Path(f"/proc/{found[0]}/cmdline").read_bytes().startswith(b"qemu-userns-supervisor")
+
+        wait_until(is_main)
+        (pid,) = found
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
         assert command[0] == b"qemu-userns-supervisor"
         assert command[-1] == b"own"
