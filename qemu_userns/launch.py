@@ -11,7 +11,6 @@ import os
 
 from qemu_userns.errors import LaunchError, ResourceError, printable
 from qemu_userns.linux.process import SIGPIPE, SIGXFSZ, reset_signal
-from qemu_userns.plan.grants import KeepFd, Refuse, Reserved
 from qemu_userns.request import find_program, find_start, plain_words, read_request, read_settings
 from qemu_userns.supervisor.process import fork_supervisor
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import NoReturn
 
-    from qemu_userns.plan.plan import Plan
     from qemu_userns.request import Request, Start
     from qemu_userns.supervisor.process import Supervisor
 
@@ -59,7 +57,8 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     from qemu_userns.sandbox.view import build_view, overlay_host
 
     plan = make_plan(start, request)
-    stop_if_refused(plan)
+    for refusal in plan.find_refusals():
+        raise ResourceError(refusal.why, refusal.reason, refusal.hint)
     opened = Opened(supervisor.note)
     try:
         open_grants(plan, None if start.lease is None else start.lease.fd, opened)
@@ -76,21 +75,12 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     limits = NamespaceLimits()
     (overlay_host if plan.whole_host else build_view)(opened, plan.cwd)
     limits.forbid_all()
-    confine(plan.confinement, _find_reopened(plan))
-    pass_fds([*opened.passed, *_keep_pipe(plan, supervisor)])
+    confine(plan.confinement, plan.find_reopened_fds())
+    if supervisor.stays:
+        opened.take(os.dup(supervisor.request_fd), plan.find_number("supervisor"))
+    pass_fds(opened.passed)
     supervisor.commit()
     execute(plan.program, plan.words, request.environ)
-
-
-def stop_if_refused(plan: "Plan") -> None:
-    """Stop before anything is touched when the plan holds a refusal.
-
-    Raises:
-        ResourceError: the first one.
-    """
-    for grant in plan.grants:
-        if isinstance(grant, Refuse):
-            raise ResourceError(grant.why, grant.reason, grant.hint)
 
 
 def execute(program: str, argv: "tuple[str, ...]", environ: "Mapping[str, str]") -> "NoReturn":
@@ -107,18 +97,3 @@ def execute(program: str, argv: "tuple[str, ...]", environ: "Mapping[str, str]")
     except OSError as err:
         status = 127 if err.errno == errno.ENOENT else 126
         raise LaunchError(program, f"cannot be executed: {err.strerror}", exit_status=status) from err
-
-
-def _keep_pipe(plan: "Plan", supervisor: "Supervisor") -> "list[int]":
-    """Give QEMU the pipe whose end the supervisor waits for, if it stays; return its number."""
-    numbers = [grant.number for grant in plan.grants if isinstance(grant, Reserved) and grant.what == "supervisor"]
-    if not supervisor.stays:
-        return []
-    os.dup2(supervisor.request_fd, numbers[0], inheritable=False)
-    return numbers
-
-
-def _find_reopened(plan: "Plan") -> "list[int]":
-    """Return the fds whose files QEMU will open again by their names in /proc/self/fd."""
-    kept = [grant.number for grant in plan.grants if isinstance(grant, KeepFd) and grant.reopened]
-    return kept + [grant.number for grant in plan.grants if isinstance(grant, Reserved) and grant.what == "ptmx"]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qemu_userns.host.config import CHOICES, TYPES, load_config
+from qemu_userns.host.config import load_config
+from qemu_userns.host.settings import CHOICES, TYPES
 from tests.conftest import CHECKOUT, dropin_folder
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 import json
 
-from qemu_userns.plan.grants import Connect, Consume, KeepFd, Listen, OpenFd, Refuse, Reserved
+from qemu_userns.plan.grants import Connect, Consume, KeepFd, Listen, OpenFd, Reserved
 from qemu_userns.plan.layout import build_layout, build_overlay
 from qemu_userns.planning import make_plan
 from qemu_userns.request import find_start, read_request, read_settings
@@ -43,11 +43,7 @@ def describe_plan(plan: "Plan") -> "dict[str, list[dict[str, str]]]":
         "confinement": _describe_confinement(plan),
         "warnings": [{"warning": warning} for warning in plan.warnings],
         "notes": [{"note": note} for note in plan.notes],
-        "refused": [
-            {"what": grant.why, "why": grant.reason, "hint": grant.hint or ""}
-            for grant in plan.grants
-            if isinstance(grant, Refuse)
-        ],
+        "refused": [{"what": grant.why, "why": grant.reason, "hint": grant.hint or ""} for grant in plan.find_refusals()],
         "command line": [{"word": word} for word in plan.words],
     }
 

@@ -3,7 +3,6 @@
 import os
 import stat
 
-from qemu_userns.host.realpath import Parent
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
@@ -32,6 +31,8 @@ def decode(text: str) -> Leftover:
 
 def remove(leftovers: "Iterable[Leftover]") -> None:
     """Remove each that is still the one that was created; what cannot be removed stays, as there is nobody to tell."""
+    from qemu_userns.host.realpath import Parent  # not needed before there is something to remove
+
     for item in leftovers:
         try:
             with Parent(item.path) as parent:

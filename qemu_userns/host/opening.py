@@ -5,9 +5,9 @@ import os
 import stat
 
 from qemu_userns.errors import ResourceError
+from qemu_userns.host.idmap import map_mount
 from qemu_userns.host.leftovers import Leftover, remove
 from qemu_userns.host.realpath import Parent, is_trusted, open_real
-from qemu_userns.host.usernamespace import map_mount
 from qemu_userns.linux import mount
 from qemu_userns.plan.grants import Bind, Connect, Create, CreateDir, Grant, KeepFd, Listen, Node, OpenFd, Reserved
 from qemu_userns.plan.layout import build_layout, build_overlay
@@ -38,6 +38,12 @@ class Opened:
         leftover = Leftover(path, (status.st_dev, status.st_ino), temporary)
         self.leftovers.append(leftover)
         self._tell(leftover)
+
+    def take(self, fd: int, number: int) -> None:
+        """Pass an fd to QEMU under the number that the plan gave it; take ownership."""
+        os.dup2(fd, number, inheritable=False)
+        os.close(fd)
+        self.passed.append(number)
 
     def undo(self) -> None:
         """Remove the files that were created; fds go with the process."""
@@ -109,16 +115,16 @@ def _open(grant: Grant, plan: "Plan", lease_fd: "int | None", opened: Opened) ->
         case KeepFd():
             opened.passed.append(grant.number)
         case OpenFd():
-            _number(_open_checked(grant), grant.number, opened)
+            opened.take(_open_checked(grant), grant.number)
         case Reserved(what="lease") if lease_fd is not None:
-            _number(os.dup(lease_fd), grant.number, opened)
+            opened.take(os.dup(lease_fd), grant.number)
         case Reserved(what="ptmx"):
-            _number(os.open("/dev/ptmx", os.O_PATH | os.O_CLOEXEC), grant.number, opened)
+            opened.take(os.open("/dev/ptmx", os.O_PATH | os.O_CLOEXEC), grant.number)
         case Reserved(content=str(text)):
             # QEMU opens it anew by its name, at the start; whoever reads the fd itself finds it at its end, as after a pipe.
             memory = os.memfd_create("qemu-userns-config", os.MFD_CLOEXEC)
             os.write(memory, os.fsencode(text))
-            _number(memory, grant.number, opened)
+            opened.take(memory, grant.number)
         case Create():
             _create(grant, plan, opened)
         case CreateDir():
@@ -127,13 +133,6 @@ def _open(grant: Grant, plan: "Plan", lease_fd: "int | None", opened: Opened) ->
             _listen(grant, plan, opened)
         case Connect():
             _connect(grant, opened)
-
-
-def _number(fd: int, number: int, opened: Opened) -> None:
-    """Move an fd to the number that the plan gave it; take ownership."""
-    os.dup2(fd, number, inheritable=False)
-    os.close(fd)
-    opened.passed.append(number)
 
 
 def _open_checked(grant: OpenFd) -> int:
@@ -214,7 +213,7 @@ def _listen(grant: Listen, plan: "Plan", opened: Opened) -> None:
         socket.bind(os.fsencode(grant.given if trusted else parent.path))
         opened.created(grant.path, parent.status(), True)
     socket.listen(1)
-    _number(socket.detach(), grant.number, opened)
+    opened.take(socket.detach(), grant.number)
 
 
 def _connect(grant: Connect, opened: Opened) -> None:
@@ -224,7 +223,7 @@ def _connect(grant: Connect, opened: Opened) -> None:
     socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     with Parent(grant.path) as parent:
         socket.connect(os.fsencode(parent.path))
-    _number(socket.detach(), grant.number, opened)
+    opened.take(socket.detach(), grant.number)
 
 
 def _make_nodes(plan: "Plan", opened: Opened) -> None:

@@ -1,4 +1,4 @@
-"""Make user namespaces with maps, for QEMU to join and for idmapped mounts.
+"""Make user namespaces with maps: for QEMU to join, and for idmapped mounts (idmap.py).
 
 Theory of operation. A user namespace needs a process to be born in. That is the holder, a child that unshares, says so, and
 waits to be let go; meanwhile its maps are written from outside, and whoever opens /proc/HOLDER/ns/user keeps the namespace.
@@ -7,7 +7,7 @@ waits to be let go; meanwhile its maps are written from outside, and whoever ope
 import os
 
 from qemu_userns.errors import HostError, SandboxError
-from qemu_userns.linux import mount, process
+from qemu_userns.linux import process
 from qemu_userns.plan.identity import NEWIDMAP
 
 TYPE_CHECKING = False
@@ -102,41 +102,6 @@ def write_maps(pid: int, identity: "Identity") -> None:
 def open_namespace(pid: int) -> int:
     """Return an owned fd of a holder's user namespace."""
     return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def map_mount(fd: int, owner: "tuple[int, int]", shown_as: "tuple[int, int]", path: str) -> None:
-    """Make a detached mount show files of `owner` as files of `shown_as`: mount_setattr(2), "ID-mapped mounts".
-
-    Should: run as root outside.
-    Must not: leave the mount writable; QEMU could create files of `owner` through it.
-
-    Args:
-        fd: the detached mount; borrowed.
-        owner: uid and gid of the files.
-        shown_as: outside uid and gid of QEMU.
-        path: for the error text.
-
-    Raises:
-        HostError: the file system cannot be idmapped.
-    """
-    holder = Holder(None)
-    try:
-        write_file(f"/proc/{holder.pid}/uid_map", f"{owner[0]} {shown_as[0]} 1")
-        write_file(f"/proc/{holder.pid}/gid_map", f"{owner[1]} {shown_as[1]} 1")
-        namespace = open_namespace(holder.pid)
-        try:
-            attributes = mount.MOUNT_ATTR_IDMAP | mount.MOUNT_ATTR_RDONLY
-            mount.mount_setattr(fd, "", mount.AT_EMPTY_PATH | mount.AT_RECURSIVE, attributes, namespace)
-        finally:
-            os.close(namespace)
-    except OSError as err:
-        raise HostError(
-            f"cannot show {path} to QEMU",
-            f"only its owner may read it, and an idmapped mount of it fails: {err.strerror}",
-            "make it readable for QEMU's id, or move it to a file system that can be idmapped (ext4, xfs, btrfs, tmpfs)",
-        ) from err
-    finally:
-        holder.let_go()
 
 
 def write_file(path: str, text: str) -> None:

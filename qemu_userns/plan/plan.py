@@ -1,5 +1,6 @@
 """The plan of a launch, a value: what `explain` prints and launch.py carries out."""
 
+from qemu_userns.plan.grants import KeepFd, Refuse, Reserved
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
@@ -44,3 +45,16 @@ class Plan(Record):
     confinement: Confinement
     warnings: "tuple[str, ...]" = ()  # for stderr, at every launch
     notes: "tuple[str, ...]" = ()  # for a reader of the plan
+
+    def find_refusals(self) -> "tuple[Refuse, ...]":
+        """Return what stops this launch before anything is touched."""
+        return tuple(grant for grant in self.grants if isinstance(grant, Refuse))
+
+    def find_number(self, what: str) -> int:
+        """Return the number of an fd that the launcher itself opens; `what` as in Reserved."""
+        return next(grant.number for grant in self.grants if isinstance(grant, Reserved) and grant.what == what)
+
+    def find_reopened_fds(self) -> "tuple[int, ...]":
+        """Return the fds whose files QEMU will open again by their names in /proc/self/fd."""
+        kept = [grant.number for grant in self.grants if isinstance(grant, KeepFd) and grant.reopened]
+        return (*kept, *(grant.number for grant in self.grants if isinstance(grant, Reserved) and grant.what == "ptmx"))

@@ -1,0 +1,165 @@
+"""Read and check our settings; off the launch path where there are none.
+
+A launch seldom parses TOML (24 ms): the settings of a file that has not changed come from the cache, as the same strings
+that `-userns` takes.
+"""
+
+import os
+import stat
+
+from qemu_userns.errors import UsageError
+from qemu_userns.host import cache
+from qemu_userns.host.subids import IdRange, parse_idmap, parse_span
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from qemu_userns.host.config import Config
+
+MAX_BYTES = 1 << 20
+MIN_POOL = 65536  # one lease
+CHOICES = {
+    "fs": ("view", "host"),
+    "require": ("landlock",),
+}
+WORDS = {"on": True, "yes": True, "true": True, "": True, "off": False, "no": False, "false": False}
+TYPES = {"qemu": str, "fs": str, "pool": str, "idmap": list, "sandbox": str, "require": list, "off": bool}
+
+
+def apply_settings(config: "Config", settings: "Mapping[str, list[str]]", where: str) -> "Config":
+    """Return the settings with those of one place; raises UsageError."""
+    changes: dict[str, object] = {}
+    qemu = dict(config.qemu)
+    for key, values in settings.items():
+        what = f"{where}: {key}"
+        if _names_qemu(key):
+            qemu[key[len("qemu.") :]] = _parse_path(values[0], what)
+        elif key == "fs":
+            changes[key] = _parse_choice(values[0], CHOICES[key], what)
+        elif key == "require":
+            changes[key] = tuple(_parse_choice(value, CHOICES[key], what) for value in values)
+        elif key == "pool":
+            changes[key] = _parse_pool(values[0], what)
+        elif key == "idmap":
+            changes[key] = parse_idmap("\n".join(values), what)
+        elif key == "sandbox":
+            changes[key] = _parse_sandbox(values[0], what)
+        elif key == "off":
+            changes[key] = _parse_switch(values[0], what)
+        else:
+            raise UsageError(what, "there is no such setting", f"known are {', '.join(TYPES)}")
+    return config.replace(qemu=tuple(qemu.items()), **changes)
+
+
+def join_pairs(pairs: "Iterable[tuple[str, str]]") -> "dict[str, list[str]]":
+    """Return `-userns` pairs as settings: the last one of a key counts, but for lists."""
+    settings: dict[str, list[str]] = {}
+    for key, value in pairs:
+        values = settings.setdefault(key, [])
+        if TYPES.get(key) is not list:
+            values.clear()  # the last one counts, as in QEMU
+        values.append(os.path.abspath(value) if value and _names_qemu(key) else value)
+    return settings
+
+
+def _names_qemu(key: str) -> bool:
+    """Tell whether a setting is `qemu` or a member of the table `qemu`."""
+    return key == "qemu" or key.startswith("qemu.")
+
+
+def _parse_path(text: str, what: str) -> str:
+    """Check an absolute path; raises UsageError."""
+    if not text.startswith("/"):
+        raise UsageError(what, f"'{text}' is not an absolute path", "name the program, or the directory that has it, from / on")
+    return text
+
+
+def _parse_choice(text: str, choices: "tuple[str, ...]", what: str) -> str:
+    """Check one of several words; raises UsageError."""
+    if text not in choices:
+        raise UsageError(what, f"'{text}' is not a choice", f"choose from {', '.join(choices)}")
+    return text
+
+
+def _parse_pool(text: str, what: str) -> IdRange:
+    """Parse START-END, the last id included; raises UsageError."""
+    pool = parse_span(text)
+    if pool is None or pool.start == 0 or pool.count < MIN_POOL:
+        raise UsageError(what, f"'{text}' is not a range of {MIN_POOL} ids or more", "write START-END, e.g. 524288-1879048191")
+    return pool
+
+
+def _parse_sandbox(text: str, what: str) -> str:
+    """Check a value for -sandbox; raises UsageError."""
+    if text in ("auto", "off") or text.split(",")[0] in ("on", "enable=on"):
+        return text
+    raise UsageError(what, f"'{text}' is no value for -sandbox", "write auto, off, or on[,obsolete=allow][,spawn=allow]...")
+
+
+def _parse_switch(text: str, what: str) -> bool:
+    """Parse on or off; raises UsageError."""
+    if text not in WORDS:
+        raise UsageError(what, f"'{text}' is neither on nor off", "write on or off")
+    return WORDS[text]
+
+
+def load_settings(path: str, cache_dir: "str | None") -> "Mapping[str, list[str]]":
+    """Load one file as flat settings, from the cache if it has not changed; raises UsageError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as err:
+        raise UsageError(path, f"cannot be opened: {err.strerror}", "make it readable, or remove it") from err
+    try:
+        status = os.fstat(fd)
+        _check_file(path, status)
+        settings = cache.load(cache_dir, "config", status)
+        if settings is None:
+            settings = _parse_toml(os.pread(fd, MAX_BYTES, 0), path)
+            cache.store(cache_dir, "config", status, settings)
+        return settings
+    except OSError as err:
+        raise UsageError(path, f"cannot be read: {err.strerror}") from err
+    finally:
+        os.close(fd)
+
+
+def _check_file(path: str, status: os.stat_result) -> None:
+    """Raise UsageError if somebody else can decide what the file says."""
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(path, "is not a regular file", "replace it by a TOML file")
+    if status.st_uid not in (0, os.geteuid()):
+        raise UsageError(path, f"belongs to uid {status.st_uid}", f"chown {os.geteuid()} {path}")
+    if status.st_mode & stat.S_IWOTH:
+        raise UsageError(path, "everybody may write it", f"chmod o-w {path}")
+    if status.st_size >= MAX_BYTES:
+        raise UsageError(path, f"is larger than {MAX_BYTES} bytes", "shorten it")
+
+
+def _parse_toml(data: bytes, path: str) -> "dict[str, list[str]]":
+    """Parse a file into flat settings; raises UsageError."""
+    import tomllib
+
+    try:
+        document = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as err:
+        raise UsageError(path, f"is not TOML: {err}", "see https://toml.io") from err
+    settings: dict[str, list[str]] = {}
+    for key, value in document.items():
+        if key == "qemu" and isinstance(value, dict):
+            for name, program in value.items():
+                settings[f"qemu.{name}"] = _flatten(program, str, f"{path}: qemu.{name}")
+        elif key in TYPES:
+            settings[key] = _flatten(value, TYPES[key], f"{path}: {key}")
+        else:
+            raise UsageError(f"{path}: {key}", "there is no such setting", f"known are {', '.join(TYPES)}")
+    return settings
+
+
+def _flatten(value: object, wanted: type, what: str) -> "list[str]":
+    """Write a value as strings; raises UsageError."""
+    if type(value) is not wanted:
+        raise UsageError(what, f"is not a {wanted.__name__}", "correct its type")
+    if isinstance(value, list):
+        return [line for item in value for line in _flatten(item, str, what)[0].split("\n")]
+    return ["on" if value else "off"] if isinstance(value, bool) else [str(value)]
