@@ -71,11 +71,11 @@ def our_filters(dropin: list[str]) -> int:
         return int(qemu.status["Seccomp_filters"]) - 1
 
 
-def test_it_has_a_user_and_a_mount_namespace_of_its_own_and_shares_the_others(dropin: list[str]) -> None:
+def test_it_has_user_mount_and_ipc_namespaces_of_its_own_and_shares_the_others(dropin: list[str]) -> None:
     with running(dropin) as qemu, running(dropin) as other:
-        for name in ("user", "mnt"):
+        for name in ("user", "mnt", "ipc"):
             assert len({os.readlink(path / "ns" / name) for path in (qemu.proc, other.proc, Path("/proc/self"))}) == 3
-        for name in ("pid", "net", "ipc", "uts", "cgroup", "time"):
+        for name in ("pid", "net", "uts", "cgroup", "time"):
             assert os.readlink(qemu.proc / "ns" / name) == os.readlink(f"/proc/self/ns/{name}")
 
 

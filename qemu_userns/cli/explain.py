@@ -72,7 +72,9 @@ def _describe_filter(confinement: "Confinement") -> str:
     """Say what our own seccomp filter refuses."""
     if not confinement.filter_calls:
         return "no: the system calls of this machine are not known"
-    return "typing into the terminal" + (", signals to other processes" if confinement.filter_signals else "")
+    refused = ["typing into the terminal", "limits and priorities of other processes"]
+    refused += ["signals to other processes"] if confinement.filter_signals else []
+    return "refuses " + ", ".join(refused + ([] if confinement.keys else ["keyrings"]))
 
 
 def _format(facts: "dict[str, list[dict[str, str]]]") -> str:

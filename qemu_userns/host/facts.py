@@ -12,11 +12,11 @@ from qemu_userns.linux.landlock import probe_landlock
 from qemu_userns.linux.seccomp import knows_machine
 from qemu_userns.plan.base import BASE, KVM, PTMX
 from qemu_userns.plan.facts import BLOCK, REGULAR, HostFacts, ImageFact, PathFact
-from qemu_userns.plan.grants import READ
+from qemu_userns.plan.grants import READ, SEARCH
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import Object
@@ -47,7 +47,7 @@ def look_at_host(
         program: path of the real QEMU.
         extra_dirs: directories that this QEMU needs besides the system's.
     """
-    walker = PathWalker(caller.cwd)
+    walker = PathWalker(caller.cwd, caller.root)
     paths: "dict[str, PathFact]" = {}
     images: "dict[str, tuple[ImageFact, ...]]" = {}
 
@@ -118,17 +118,28 @@ def _probe_lock(path: str) -> bool:
         os.close(fd)
 
 
+def _ancestors(path: str) -> "Iterator[str]":
+    """Yield the directories that a walk to a real path passes."""
+    while path != "/":
+        path = os.path.dirname(path)
+        yield path
+
+
 def _reader(caller: "Caller", identity: "Identity") -> "Callable[[str], bool]":
     """Return what says whether QEMU may read a file with its own rights."""
 
     def may_read(path: str) -> bool:
         if not caller.root:
             return os.access(path, os.R_OK)
+        real = os.path.realpath(path)
         try:
-            found = os.stat(path)
+            return may(real, READ) and all(may(directory, SEARCH) for directory in _ancestors(real))
         except OSError:
             return False
-        return identity.may(found.st_mode, found.st_uid, found.st_gid, READ)
+
+    def may(path: str, want: int) -> bool:
+        found = os.stat(path)
+        return identity.may(found.st_mode, found.st_uid, found.st_gid, want)
 
     return may_read
 
@@ -139,6 +150,5 @@ def _look_at_chain(need: "Need", objects: "Iterable[Object]", may_open: "Callabl
 
     layer = None if need.member is None else find_layer(need.obj, need.member.key, objects)
     chain = find_chain(need.path, format="raw" if layer is None else layer.format, may_open=may_open)
-    return tuple(
-        ImageFact(file.path, file.format, file.role, need.path) for file in chain if file.role != "image" and not file.unresolved
-    )
+    named = [file for file in chain if file.role != "image" and not file.unresolved]
+    return tuple(ImageFact(file.path, file.format, file.role, need.path, may_open(file.path)) for file in named)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+_DEEPEST = 40
+
+
 class Leftover(Record):
     """A file, socket or directory that a launch has created."""
 
@@ -40,8 +43,27 @@ def remove(leftovers: "Iterable[Leftover]") -> None:
                 if (found.st_dev, found.st_ino) != item.inode:
                     continue
                 if stat.S_ISDIR(found.st_mode):
-                    os.rmdir(parent.name, dir_fd=parent.fd)
+                    _remove_tree(parent.fd, parent.name, _DEEPEST)
                 else:
                     os.unlink(parent.name, dir_fd=parent.fd)
         except OSError:
             continue
+
+
+def _remove_tree(parent: int, name: str, depth: int) -> None:
+    """Remove a directory of the VM's own with what is in it, following no symlink; too deep a one stays.
+
+    Raises:
+        OSError: as rmdir(2) and unlink(2).
+    """
+    if depth:
+        directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            for entry in os.listdir(directory):
+                try:
+                    os.unlink(entry, dir_fd=directory)
+                except IsADirectoryError:
+                    _remove_tree(directory, entry, depth - 1)
+        finally:
+            os.close(directory)
+    os.rmdir(name, dir_fd=parent)

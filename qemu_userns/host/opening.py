@@ -27,6 +27,7 @@ class Opened:
         """Start with nothing; `tell` is told of each file that is created."""
         self.layout: "tuple[Placed, ...]" = ()
         self.sources: "dict[str, int]" = {}  # owned fds of detached mounts made outside, by path in the view
+        self.inodes: "dict[str, tuple[int, int]]" = {}  # of what was created, by its path on the host
         self.places: "dict[str, str]" = {}  # where on the host a path of the view lies, if elsewhere
         self.nodes_fd: "int | None" = None  # owned: detached tmpfs with device nodes
         self.passed: "list[int]" = []  # numbers of fds that QEMU gets
@@ -37,6 +38,7 @@ class Opened:
         """Note a file that was created, here and with the supervisor, which outlives this process."""
         leftover = Leftover(path, (status.st_dev, status.st_ino), temporary)
         self.leftovers.append(leftover)
+        self.inodes[path] = leftover.inode
         self._tell(leftover)
 
     def take(self, fd: int, number: int) -> None:
@@ -75,7 +77,7 @@ def open_grants(plan: "Plan", lease_fd: "int | None", opened: Opened) -> None:
         for placed in opened.layout:
             if isinstance(placed, Bind | Create | CreateDir):
                 path = opened.places.get(placed.path, placed.path)
-                fd = clone_bind(path, placed.inode if isinstance(placed, Bind) else None)
+                fd = clone_bind(path, placed.inode if isinstance(placed, Bind) else opened.inodes.get(path))
                 if isinstance(placed, Bind) and placed.owner is not None:
                     map_mount(fd, placed.owner, (plan.identity.uid, plan.identity.gid), placed.path)
                 opened.sources[placed.path] = fd
@@ -102,10 +104,7 @@ def clone_bind(path: str, inode: "tuple[int, int] | None") -> int:
     except OSError as err:
         raise ResourceError(f"cannot show {path} to QEMU", err.strerror or str(err)) from err
     if inode is not None:
-        found = os.fstat(fd)
-        if (found.st_dev, found.st_ino) != inode:
-            os.close(fd)
-            raise ResourceError(f"cannot show {path} to QEMU", "it was replaced while QEMU was being started")
+        _check_inode(os.fstat(fd), inode, path)
     return fd
 
 
@@ -139,9 +138,9 @@ def _open_checked(grant: OpenFd) -> int:
     """Open a file that QEMU shall have; return an owned fd."""
     fd = open_real(grant.path, grant.flags | os.O_NONBLOCK | os.O_NOCTTY)
     found = os.fstat(fd)
-    if (found.st_dev, found.st_ino) != grant.inode or not stat.S_ISREG(found.st_mode):
-        os.close(fd)
-        raise ResourceError(grant.path, "it was replaced while QEMU was being started")
+    _check_inode(found, grant.inode, grant.path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ResourceError(grant.path, "is not a regular file")
     os.set_blocking(fd, True)
     return fd
 
@@ -149,7 +148,8 @@ def _open_checked(grant: OpenFd) -> int:
 def _create(grant: Create, plan: "Plan", opened: Opened) -> None:
     """Create an empty file for QEMU, or note that the one that is there stays."""
     with Parent(grant.path) as parent:
-        if grant.overwrites:
+        if grant.overwrites is not None:
+            _check_inode(parent.status(), grant.overwrites, grant.path)
             os.unlink(parent.name, dir_fd=parent.fd)
         try:
             _link_new_file(parent, grant, plan, opened)
@@ -221,9 +221,17 @@ def _connect(grant: Connect, opened: Opened) -> None:
     import _socket
 
     socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    with Parent(grant.path) as parent:
-        socket.connect(os.fsencode(parent.path))
+    place = open_real(grant.path, os.O_PATH | os.O_NOFOLLOW)
+    _check_inode(os.fstat(place), grant.inode, grant.path)
+    socket.connect(f"/proc/self/fd/{place}")
+    os.close(place)
     opened.take(socket.detach(), grant.number)
+
+
+def _check_inode(found: os.stat_result, planned: "tuple[int, int]", path: str) -> None:
+    """Stop when something else is at a path than what the plan saw."""
+    if (found.st_dev, found.st_ino) != planned:
+        raise ResourceError(path, "it was replaced while QEMU was being started")
 
 
 def _make_nodes(plan: "Plan", opened: Opened) -> None:

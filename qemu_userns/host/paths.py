@@ -31,9 +31,15 @@ _MOST_LINKS = 40  # path_resolution(7)
 class PathWalker:
     """Looks paths up, each component once."""
 
-    def __init__(self, cwd: str) -> None:
-        """Walk relative paths from `cwd`, a real path."""
+    def __init__(self, cwd: str, privileged: bool) -> None:
+        """Prepare to walk.
+
+        Args:
+            cwd: where relative paths begin, a real path.
+            privileged: whether the caller is root, whose rights must not be led astray: only root's symlinks are followed.
+        """
         self._cwd = cwd
+        self._privileged = privileged
         self._seen: "dict[str, os.stat_result | OSError]" = {}
 
     def look(self, given: str, to_write: bool = True) -> PathFact:
@@ -77,6 +83,14 @@ class PathWalker:
             parent_writable=parent_writable,
         )
 
+    def check_link(self, path: str, found: os.stat_result) -> None:
+        """Refuse a symlink that somebody else may have put there for root to follow.
+
+        Stricter than the kernel's protected_symlinks (proc_sys_fs(5)), because what root opens here is given to a guest.
+        """
+        if self._privileged and found.st_uid != 0:
+            raise PermissionError(errno.EPERM, f"{path} is a symlink of uid {found.st_uid}, which root does not follow", path)
+
     def _lstat(self, path: str) -> os.stat_result:
         """Call lstat(2) once per path."""
         found = self._seen.get(path)
@@ -117,6 +131,7 @@ class _Walk:
             found = self._walker._lstat(here)
             self._todo.pop()
             if stat.S_ISLNK(found.st_mode):
+                self._walker.check_link(here, found)
                 self._follow_link(here)
             elif self._todo and not stat.S_ISDIR(found.st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), here)

@@ -7,6 +7,7 @@ import sys
 from qemu_userns.linux.syscall import IntResult, call, find_function, syscall
 
 CLONE_NEWNS = 0x00020000
+CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 PR_SET_PDEATHSIG = 1
 PR_GET_PDEATHSIG = 2

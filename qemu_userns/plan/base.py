@@ -26,7 +26,8 @@ BASE: "tuple[BasePath, ...]" = (
     # Read-only: a process of the same id may write the oom_score_adj of others.
     BasePath("/proc", "processes; 9p and /dev/fd need /proc/self"),
     *(BasePath(f"/dev/{name}", "standard device", True, True) for name in ("null", "zero", "full", "random", "urandom", "tty")),
-    BasePath("/dev/pts", "pseudo terminals are told by their number on the host", True, True),
+    # Without devices, so that the caller's other terminals cannot be opened: openpty(3) gets the other end by TIOCGPTPEER.
+    BasePath("/dev/pts", "pseudo terminals are told by their number on the host"),
     BasePath("/dev/userfaultfd", "postcopy migration", True, True),
 )
 

@@ -191,8 +191,9 @@ def _choose_confinement(draft: Draft, commandline: "CommandLine", settings: Sett
     abi = draft.facts.landlock_abi if draft.facts.landlock_abi >= _LOWEST_LANDLOCK_ABI else 0
     if not abi and settings.require_landlock:
         draft.refuse("require=landlock", "this kernel does not offer it", "boot Linux 5.19 or later with lsm=landlock,...")
+    keys = any(obj.kind == "object" and obj.get("qom-type") == "secret_keyring" for obj in commandline.objects)
     if abi >= LANDLOCK_ABI_WITH_SCOPES:
-        return Confinement(draft.capabilities, abi, _choose_scopes(commandline), draft.facts.call_filter, False, sandbox)
+        return Confinement(draft.capabilities, abi, _choose_scopes(commandline), draft.facts.call_filter, False, keys, sandbox)
     # The child of -daemonize has a pid that the filter cannot know.
     filtered = draft.facts.call_filter and all(option.name != "daemonize" for option in commandline.options)
     if not filtered and draft.identity.uid == draft.facts.caller.account.uid:
@@ -200,7 +201,7 @@ def _choose_confinement(draft: Draft, commandline: "CommandLine", settings: Sett
             "QEMU can signal the caller's other processes: this kernel's Landlock does not scope signals (Linux 6.12 does), and "
             "a seccomp filter does not go with -daemonize"
         )
-    return Confinement(draft.capabilities, abi, 0, draft.facts.call_filter, filtered, sandbox)
+    return Confinement(draft.capabilities, abi, 0, draft.facts.call_filter, filtered, keys, sandbox)
 
 
 def _choose_scopes(commandline: "CommandLine") -> int:

@@ -2,7 +2,7 @@
 
 from qemu_userns.cmdline.source import replace
 from qemu_userns.plan.facts import ABSENT, DIRECTORY
-from qemu_userns.plan.grants import READ, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
+from qemu_userns.plan.grants import READ, SEARCH, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
 from qemu_userns.plan.layout import is_below
 
 TYPE_CHECKING = False
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from qemu_userns.plan.facts import HostFacts, PathFact
     from qemu_userns.plan.identity import Identity
 
-SEARCH = 1
 _MONITORS = ("monitor", "qmp", "qmp-pretty")
 LOWEST_OWN_FD = 300  # fds that the plan adds are numbered from here, out of the way of those that callers count from 3
 

@@ -16,6 +16,7 @@ REGULAR, DIRECTORY, SOCKET, FIFO, BLOCK, CHARACTER, ABSENT = (
     "absent",
 )
 
+MISSING = "No such file or directory"  # PathFact.error of a path whose directory is not there
 LANDLOCK_ABI_WITH_SCOPES = 6  # Linux 6.12
 
 
@@ -49,6 +50,7 @@ class ImageFact(Record):
     format: str
     role: str  # "backing", "data-file", "extent"
     by: str  # path of the image that names it
+    readable: bool  # by QEMU with its own rights, every directory on the way included
 
 
 class Account(Record):

@@ -7,6 +7,7 @@ from qemu_userns.record import Record
 
 READ = 4
 WRITE = 2
+SEARCH = 1
 
 
 class Grant(Record):
@@ -85,7 +86,7 @@ class Create(Grant):
 
     path: str
     mode: int
-    overwrites: bool = False  # a file that is there and not QEMU's gives way to a new one
+    overwrites: "tuple[int, int] | None" = None  # inode of a file that is there, not QEMU's, and gives way to the new one
     temporary: bool = False  # removed when QEMU has ended, as QEMU itself would
 
     def describe(self) -> str:
@@ -159,6 +160,7 @@ class Connect(Grant):
 
     path: str
     number: int
+    inode: "tuple[int, int]"
 
     def describe(self) -> str:
         """Say path and number."""

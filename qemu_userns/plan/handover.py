@@ -8,9 +8,9 @@ from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.cmdline.source import append, drop, remove
 from qemu_userns.plan import images
 from qemu_userns.plan.base import KVM
-from qemu_userns.plan.draft import SEARCH, is_shown
-from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, DIRECTORY, REGULAR, SOCKET
-from qemu_userns.plan.grants import READ, WRITE, Connect, Consume, Create, Listen, Node
+from qemu_userns.plan.draft import is_shown
+from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, DIRECTORY, MISSING, REGULAR, SOCKET
+from qemu_userns.plan.grants import READ, SEARCH, WRITE, Connect, Consume, Create, Listen, Node
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _create(draft: "Draft", need: "Need", mode: int, temporary: bool) -> None:
         draft.refuse(what, "Permission denied", "the caller may not create it there")
     else:
         draft.way_to(fact, need.describe())
-        draft.add(Create(need.describe(), fact.real, mode, fact.kind == REGULAR, temporary))
+        draft.add(Create(need.describe(), fact.real, mode, fact.inode if fact.kind == REGULAR else None, temporary))
 
 
 def _memory(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -194,12 +194,14 @@ def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         draft.bind(fact, True, need.describe())
     elif fact.kind == SOCKET and draft.caller_may(fact, WRITE) and (need.obj.kind == "chardev" or need.legacy is not None):
         number = draft.next_fd()
-        draft.add(Connect(need.describe(), fact.real, number))
+        draft.add(Connect(need.describe(), fact.real, number, fact.inode))
         _replace_path_by_fd(draft, need, number)
     elif fact.kind == SOCKET:
         _refuse_access(draft, need, "connect to it")
-    elif fact.error is None and fact.kind == ABSENT:
+    elif fact.kind == ABSENT and fact.error in (None, MISSING):
         draft.way_to(fact, need.describe())  # QEMU says that nobody is there
+    elif fact.error is not None:
+        draft.refuse(f"{need.describe()} {need.path}", fact.error)
 
 
 def _listen(draft: "Draft", need: "Need") -> None:

@@ -2,7 +2,7 @@
 
 from qemu_userns.catalogue.images import find_layer
 from qemu_userns.cmdline.source import append, drop, replace
-from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, REGULAR
+from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, MISSING, REGULAR
 from qemu_userns.plan.grants import READ, WRITE, Node, OpenFd
 
 TYPE_CHECKING = False
@@ -36,8 +36,11 @@ def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """
     fact = draft.path(need.path)
     why = need.describe()
-    if fact.error is not None or fact.kind == ABSENT:
+    if fact.kind == ABSENT and fact.error in (None, MISSING):
         draft.way_to(fact, why)  # QEMU says so itself, in the words that scripts look for
+        return
+    if fact.error is not None:
+        draft.refuse(f"{why} {need.path}", fact.error)
         return
     if not fact.readable:
         draft.check(need, fact, READ)
@@ -53,18 +56,26 @@ def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     else:
         _pass_in_fdset(draft, need, fact, commandline)
     for image in draft.facts.images.get(need.path, ()):
-        other = draft.path(image.path)
-        if other.kind in (REGULAR, BLOCK) and draft.may(other, READ):
-            # An external data file holds the image's own data; a backing file is written by commit only.
-            writable_too = (image.role != "backing" and writable) or (
-                other.writable and draft.may(other, READ | WRITE) and writable
-            )
-            draft.bind(other, writable_too, f"{image.role} of {need.path}", device=other.kind == BLOCK)
-        elif other.kind in (REGULAR, BLOCK):
-            draft.notes.append(
-                f"{image.path}: named by the header of {image.by} only, and QEMU's id {draft.identity.uid} may not read it; "
-                "name it on the command line (backing.file.filename=) to have it opened with the caller's rights"
-            )
+        _show_named_by_header(draft, need, image, writable)
+
+
+def _show_named_by_header(draft: "Draft", need: "Need", image: "ImageFact", writable: bool) -> None:
+    """Show a file that a header names: with QEMU's own rights, and writable only beside the image that the operator named.
+
+    A guest can write any name into the header of its disk, for the next launch to follow.
+    """
+    fact = draft.path(image.path)
+    if fact.kind not in (REGULAR, BLOCK):
+        return
+    if not image.readable:
+        draft.notes.append(
+            f"{image.path}: named by the header of {image.by} only, and QEMU's id {draft.identity.uid} may not read it; "
+            "name it on the command line (backing.file.filename=) to have it opened with the caller's rights"
+        )
+        return
+    beside = fact.real.rpartition("/")[0] == draft.path(need.path).real.rpartition("/")[0]
+    writes = writable and beside and fact.kind == REGULAR and draft.may(fact, READ | WRITE)
+    draft.bind(fact, writes, f"{image.role} of {need.path}")
 
 
 def _is_written(need: "Need", commandline: "CommandLine") -> bool:

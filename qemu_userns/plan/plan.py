@@ -24,8 +24,9 @@ class Confinement(Record):
     capabilities: "frozenset[int]"  # kept inside the namespace; none of them reaches outside it
     landlock_abi: int  # level of the kernel's Landlock that is used, 0 for none
     scoped: int  # Landlock scopes
-    filter_calls: bool  # a seccomp filter keeps QEMU from typing into the caller's terminal
+    filter_calls: bool  # a seccomp filter keeps QEMU from the caller's terminal, keyrings and other processes' limits
     filter_signals: bool  # and from signalling others, where Landlock does not scope signals
+    keys: bool  # the command line names a secret in a keyring
     sandbox: (
         "str | None"  # value of the -sandbox option that is added, None when the command line says its own or the build lacks it
     )

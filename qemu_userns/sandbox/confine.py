@@ -5,7 +5,7 @@ import os
 
 from qemu_userns.errors import SandboxError
 from qemu_userns.linux import landlock, process
-from qemu_userns.linux.seccomp import filter_calls
+from qemu_userns.linux.seccomp import filter_calls, leave_session_keyring
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def confine(confinement: "Confinement", reopened_fds: "Iterable[int]") -> None:
         if confinement.landlock_abi:
             _restrict_files(confinement.landlock_abi, confinement.scoped, reopened_fds)
         if confinement.filter_calls:
-            filter_calls(os.getpid() if confinement.filter_signals else None)
+            if not confinement.keys:
+                leave_session_keyring()
+            filter_calls(os.getpid() if confinement.filter_signals else None, confinement.keys)
         _drop_capabilities(confinement.capabilities)
     except OSError as err:
         raise SandboxError("cannot confine QEMU", err.strerror or str(err)) from err
@@ -55,15 +57,17 @@ def pass_fds(kept: "Iterable[int]") -> None:
 def _restrict_files(abi: int, scoped: int, reopened_fds: "Iterable[int]") -> None:
     """Let Landlock allow the view's root and nothing else; the walk crosses mounts upwards, so later binds are covered."""
     ruleset = landlock.landlock_create_ruleset(abi, scoped)
-    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    # The other end of a new pseudo terminal is opened where /dev/ptmx lies, on the host's own mount of the same devpts.
+    places = [os.open(path, os.O_PATH | os.O_CLOEXEC) for path in ("/", "/dev/pts") if os.path.exists(path)]
     try:
-        landlock.landlock_add_rule(ruleset, root, landlock.all_rights(abi))
+        for place in places:
+            landlock.landlock_add_rule(ruleset, place, landlock.all_rights(abi))
         for fd in reopened_fds:
             _allow_fd(ruleset, fd, abi)
         landlock.landlock_restrict_self(ruleset)
     finally:
-        os.close(root)
-        os.close(ruleset)
+        for fd in (*places, ruleset):
+            os.close(fd)
 
 
 def _allow_fd(ruleset: int, fd: int, abi: int) -> None:

@@ -32,7 +32,7 @@ def become(identity: "Identity") -> None:
 
 
 def join(namespace: int) -> None:
-    """Join the user namespace, and unshare the mount namespace within it.
+    """Join the user namespace, and unshare the mount and the IPC namespace within it.
 
     Should: run as the id that owns the namespace, which has every capability in it (user_namespaces(7), "Capabilities").
     Must not: be called with threads running (setns(2), CLONE_NEWUSER).
@@ -47,7 +47,8 @@ def join(namespace: int) -> None:
     try:
         process.setns(namespace, process.CLONE_NEWUSER)
         os.close(namespace)
-        process.unshare(process.CLONE_NEWNS)
+        # Its own IPC namespace as well, since System V shared memory is open to every process of the same uid.
+        process.unshare(process.CLONE_NEWNS | process.CLONE_NEWIPC)
     except OSError as err:
         if err.errno == 28:
             hint = "raise user.max_mnt_namespaces with sysctl"

@@ -142,7 +142,8 @@ def _open_source(grant: "Bind | Create | CreateDir", opened: "Opened") -> int:
     if source is not None:
         fd = os.dup(source)
     else:
-        fd = clone_bind(opened.places.get(grant.path, grant.path), grant.inode if isinstance(grant, Bind) else None)
+        path = opened.places.get(grant.path, grant.path)
+        fd = clone_bind(path, grant.inode if isinstance(grant, Bind) else opened.inodes.get(path))
     attributes = mount.MOUNT_ATTR_NOSUID
     if isinstance(grant, Bind) and not grant.writable:
         attributes |= mount.MOUNT_ATTR_RDONLY

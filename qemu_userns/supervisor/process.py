@@ -163,7 +163,7 @@ def _follow_launch(request: int, holder: "Holder | None") -> "list[Leftover]":
             holder = None
         elif message == COMMIT:
             return [item for item in leftovers if item.temporary]
-        elif message != JOINED:
+        elif message != JOINED and holder is not None:  # all files are made before; what comes later is not the launcher's
             leftovers.append(decode(message))
     from qemu_userns.supervisor.cleanup import clean_up
 

@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def look(path: str) -> PathFact:
-    return PathWalker(os.getcwd()).look(path)
+    return PathWalker(os.getcwd(), privileged=False).look(path)
 
 
 def test_a_file(here: str) -> None:
@@ -225,3 +225,21 @@ def test_the_kernel_walks_the_same_way(parts: list[str], absolute: bool) -> None
         return  # test_a_slash_behind_a_file
     else:
         assert fact.kind == ABSENT
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("where", ["last", "parent", "chain"])
+def test_root_follows_no_symlink_of_somebody_else(tmp_path: Path, where: str) -> None:
+    """What root opens is given to a guest, and the link may be the guest's own from its last run."""
+    folder = Path(os.path.realpath(tmp_path))
+    (folder / "secret").mkdir()
+    (folder / "secret/file").write_text("root's")
+    os.symlink(folder / "secret/file" if where == "last" else folder / "secret", folder / "theirs")
+    os.lchown(folder / "theirs", 1001, 1001)
+    os.symlink("theirs", folder / "ours")
+    given = {"last": "theirs", "parent": "theirs/file", "chain": "ours/file"}[where]
+    walker = PathWalker(str(folder), privileged=True)
+    assert walker.look(given).error == f"{folder}/theirs is a symlink of uid 1001, which root does not follow"
+    assert walker.look(given).kind == ABSENT
+    os.lchown(folder / "theirs", 0, 0)
+    assert PathWalker(str(folder), privileged=True).look(given).real == f"{folder}/secret/file"

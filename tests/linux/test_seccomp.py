@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import os
+import resource
 import signal
 import struct
 import termios
@@ -14,14 +15,14 @@ import pytest
 from qemu_userns.linux import process, seccomp
 
 
-def errno_in_filtered_child(action: "Callable[[], object]", signals: bool = True) -> int:
+def errno_in_filtered_child(action: "Callable[[], object]", signals: bool = True, keys: bool = False) -> int:
     """Run `action` in a child under the filter; return 0, or the errno that it met."""
     child = os.fork()
     if child == 0:
         code = 255
         try:
             process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
-            seccomp.filter_calls(os.getpid() if signals else None)
+            seccomp.filter_calls(os.getpid() if signals else None, keys)
             action()
             code = 0
         except OSError as err:
@@ -29,6 +30,19 @@ def errno_in_filtered_child(action: "Callable[[], object]", signals: bool = True
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def call(name: str, *arguments: int) -> None:
+    if getattr(LIBC, name)(*(ctypes.c_long(argument) for argument in arguments)) < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+
+def read_session_keyring() -> None:
+    number = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+    call("syscall", number, 0, -3, 1)  # KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING, create
 
 
 def signal_own_thread() -> None:
@@ -54,6 +68,25 @@ def signal_own_thread() -> None:
 )
 def test_signals_stay_inside_the_process(action: "Callable[[], object]", errno: int) -> None:
     assert errno_in_filtered_child(action) == errno
+
+
+@pytest.mark.skipif(os.uname().machine not in ("x86_64", "aarch64"), reason="keyctl has no number here")
+@pytest.mark.parametrize(("keys", "errno"), [(False, 1), (True, 0)])
+def test_keyrings_only_where_the_command_line_names_one(keys: bool, errno: int) -> None:
+    found = errno_in_filtered_child(read_session_keyring, keys=keys)
+    assert found in ((errno, 38) if keys else (errno,))  # 38: a kernel without keyrings
+
+
+@pytest.mark.skipif(not seccomp.knows_machine(), reason="system call numbers of this machine are not known")
+@pytest.mark.parametrize(
+    ("action", "errno"),
+    [
+        pytest.param(lambda: resource.getrlimit(resource.RLIMIT_NOFILE), 0, id="own limits"),
+        pytest.param(lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CPU), 1, id="limits of its parent"),
+    ],
+)
+def test_limits_of_no_other_process(action: "Callable[[], object]", errno: int) -> None:
+    assert errno_in_filtered_child(action, signals=False) == errno
 
 
 @pytest.mark.skipif(not seccomp.knows_machine(), reason="system call numbers of this machine are not known")
@@ -84,7 +117,7 @@ def test_signals_are_left_alone_where_landlock_scopes_them() -> None:
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64", "loongarch64", "ppc64le", "s390x"])
 @pytest.mark.parametrize("pid", [None, 4242])
 def test_jumps_of_the_filter_stay_in_it_and_it_ends_in_a_return(machine: str, pid: "int | None") -> None:
-    program = seccomp.build_filter(machine, pid)
+    program = seccomp.build_filter(machine, pid, keys=False)
     lines = list(struct.iter_unpack("HBBI", program))
     for index, (code, true, false, _) in enumerate(lines):
         if code in (0x15, 0x35):

@@ -10,8 +10,8 @@ from qemu_userns.plan.facts import ImageFact
 from qemu_userns.plan.grants import Bind, Copy, Private, Refuse, Reserved
 from tests.plans import LEASED, asked_for, plan_of
 
-BACKING = {"/x/file": (ImageFact("/x/file-base", "qcow2", "backing", "/x/file"),)}
-DATA = {"/x/file": (ImageFact("/x/file-data", "raw", "data-file", "/x/file"),)}
+BACKING = {"/x/file": (ImageFact("/x/file-base", "qcow2", "backing", "/x/file", True),)}
+DATA = {"/x/file": (ImageFact("/x/file-data", "raw", "data-file", "/x/file", True),)}
 
 
 def words(*argv: str, **options: object) -> list[str]:
@@ -138,7 +138,7 @@ def test_the_files_of_a_chain_are_shown() -> None:
 @pytest.mark.parametrize("images", [BACKING, DATA])
 def test_root_never_opens_what_only_a_header_names(images: dict[str, tuple[ImageFact, ...]]) -> None:
     (image,) = images["/x/file"]
-    hostile = {"/x/file": (image.replace(path="/etc/file-root-deny"),)}
+    hostile = {"/x/file": (image.replace(path="/etc/file-root-deny", readable=False),)}
     plan = plan_of("-drive", "file=/x/file,readonly=on", root=True, images=hostile)
     assert not [brief for brief in asked_for(plan) if "deny" in brief]
     assert any("/etc/file-root-deny" in warning for warning in (*plan.warnings, *plan.notes))

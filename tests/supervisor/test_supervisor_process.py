@@ -72,7 +72,7 @@ def test_what_somebody_else_put_there_stays(tmp_path: Path) -> None:
     (folder / "full/inner").touch()
     gone = Leftover(str(folder / "gone"), (1, 2), True)
     remove([item, gone, leftover(folder / "full")])
-    assert sorted(path.name for path in folder.iterdir()) == ["file", "full", "old"]
+    assert sorted(path.name for path in folder.iterdir()) == ["file", "old"]
 
 
 def test_a_symlink_to_a_file_that_was_created_stays(tmp_path: Path) -> None:
@@ -116,10 +116,10 @@ def test_without_commit_everything_that_was_created_goes(tmp_path: Path, joined:
         (folder / name).touch()
 
     def launcher(supervisor: Supervisor) -> None:
-        if joined:
-            os.close(supervisor.open_namespace())
         supervisor.note(leftover(folder / "kept", False))
         supervisor.note(leftover(folder / "temporary"))
+        if joined:
+            os.close(supervisor.open_namespace())
 
     in_launcher(launcher)
     wait_until(lambda: not list(folder.iterdir()))
@@ -128,15 +128,16 @@ def test_without_commit_everything_that_was_created_goes(tmp_path: Path, joined:
 @pytest.mark.userns
 def test_after_commit_what_is_temporary_goes_at_the_end(tmp_path: Path) -> None:
     folder = tmp_path.resolve()
-    for name in ("kept", "temporary"):
+    for name in ("kept", "temporary", "not ours"):
         (folder / name).touch()
     hold_read, hold_write = os.pipe()
 
     def launcher(supervisor: Supervisor) -> str:
         os.close(hold_write)
-        os.close(supervisor.open_namespace())
         supervisor.note(leftover(folder / "kept", False))
         supervisor.note(leftover(folder / "temporary"))
+        os.close(supervisor.open_namespace())
+        supervisor.note(leftover(folder / "not ours"))  # too late: all files are made before
         assert supervisor.stays
         supervisor.commit()
         if os.fork() == 0:  # QEMU, which keeps the pipe and nothing of this test
@@ -166,7 +167,7 @@ def test_after_commit_what_is_temporary_goes_at_the_end(tmp_path: Path) -> None:
         assert os.getsid(pid) != os.getsid(0)
         # Once the interpreter has started, it has read its memfd and closed it.
         wait_until(lambda: fds_of(pid) == ["/dev/null", "/dev/null", "/dev/null", pipe])
-        assert sorted(path.name for path in folder.iterdir()) == ["kept", "temporary"]
+        assert sorted(path.name for path in folder.iterdir()) == ["kept", "not ours", "temporary"]
     finally:
         os.close(hold_read)
         os.close(hold_write)
