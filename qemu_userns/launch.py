@@ -11,7 +11,7 @@ import os
 
 from qemu_userns.errors import LaunchError, ResourceError, printable
 from qemu_userns.linux.process import SIGPIPE, SIGXFSZ, reset_signal
-from qemu_userns.request import find_program, find_start, plain_words, read_request, read_settings
+from qemu_userns.request import find_program, find_start, plain_words, read_request, read_settings, read_settings_if_sound
 from qemu_userns.supervisor.process import fork_supervisor
 
 TYPE_CHECKING = False
@@ -29,8 +29,10 @@ def launch(request: "Request") -> "NoReturn":
     Raises:
         QemuUsernsError: nothing was left behind on the host.
     """
+    if request.environ.get("QEMU_USERNS") == "off":
+        execute(find_program(request, read_settings_if_sound(request)), request.argv, request.environ)
     config = read_settings(request)
-    if request.environ.get("QEMU_USERNS") == "off" or config.off:
+    if config.off:
         execute(find_program(request, config), request.argv, request.environ)
     asked = read_request(request, config)
     if asked.config.off:
@@ -51,6 +53,7 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     """Plan, and do what the plan says."""
     # Imported only here: loading these takes as long as the supervisor needs for the id maps, on another core.
     from qemu_userns.host.opening import Opened, open_grants
+    from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST
     from qemu_userns.planning import make_plan
     from qemu_userns.sandbox.confine import confine, pass_fds
     from qemu_userns.sandbox.namespaces import NamespaceLimits, become, join
@@ -73,7 +76,10 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
         become(plan.identity)
     join(namespace)
     limits = NamespaceLimits()
-    (overlay_host if plan.whole_host else build_view)(opened, plan.cwd)
+    if plan.host_tree == NO_HOST:
+        build_view(opened, plan.cwd)
+    else:
+        overlay_host(opened, plan.cwd, plan.host_tree == READ_ONLY_HOST)
     limits.forbid_all()
     confine(plan.confinement, plan.find_reopened_fds())
     if supervisor.stays:

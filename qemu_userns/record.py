@@ -21,32 +21,30 @@ class Record:
     """Base class of frozen values; each annotation of a subclass is a field, in order, after the inherited ones."""
 
     _fields: "tuple[str, ...]" = ()
+    _names: "frozenset[str]" = frozenset()
+    _defaults: "dict[str, Any]" = {}  # noqa: RUF012 (PEP 681 would make a ClassVar of it, at the price of typing)
 
     def __init_subclass__(cls) -> None:
-        """Collect the fields that the subclass adds."""
+        """Collect the fields that the subclass adds, and their defaults."""
         own = cls.__dict__.get("__annotations__", {})  # noqa: RUF063 (inspect costs more than all of this program)
         cls._fields = (*cls._fields, *(name for name in own if name not in cls._fields))
+        cls._names = frozenset(cls._fields)
+        cls._defaults = cls._defaults | {name: cls.__dict__[name] for name in own if name in cls.__dict__}
 
     def __init__(self, *args: "Any", **kwargs: "Any") -> None:  # noqa: ANN401 (the fields' own types are checked)
         """Set each field from its positional or keyword argument, else from its default.
 
         Raises:
-            TypeError: a field has no value, or an argument no field.
+            TypeError: a field has no value or two, or an argument no field.
         """
-        names = self._fields
-        if len(args) > len(names):
-            raise TypeError(f"{type(self).__name__}: {len(args)} arguments for {len(names)} fields")
+        fields = self._fields
         values = self.__dict__
-        values.update(zip(names, args, strict=False))
-        for name in names[len(args) :]:
-            if name in kwargs:
-                values[name] = kwargs.pop(name)
-            elif hasattr(type(self), name):
-                values[name] = getattr(type(self), name)
-            else:
-                raise TypeError(f"{type(self).__name__}: no value for {name}")
-        if kwargs:
-            raise TypeError(f"{type(self).__name__}: no field {', '.join(kwargs)}")
+        values.update(self._defaults)
+        values.update(zip(fields, args, strict=False))
+        values.update(kwargs)
+        known = kwargs.keys() <= self._names and kwargs.keys().isdisjoint(fields[: len(args)])
+        if not known or len(values) != len(fields) or len(args) > len(fields):
+            raise TypeError(f"{type(self).__name__} has the fields {', '.join(fields)}")
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse: a record is a value."""
@@ -58,7 +56,7 @@ class Record:
 
     def __hash__(self) -> int:
         """Hash over the fields."""
-        return hash((type(self), *self.__dict__.values()))
+        return hash((type(self), *(self.__dict__[name] for name in self._fields)))
 
     def __repr__(self) -> str:
         """Show as a call that makes the value."""

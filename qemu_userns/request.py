@@ -5,10 +5,10 @@ import os
 from qemu_userns.cmdline.objects import find_readconfigs, parse
 from qemu_userns.cmdline.source import drop
 from qemu_userns.cmdline.table import BUILTIN
-from qemu_userns.errors import ResourceError
+from qemu_userns.errors import ResourceError, UsageError
 from qemu_userns.host.accounts import find_account, look_at_caller
 from qemu_userns.host.cache import cache_dir
-from qemu_userns.host.config import config_paths, configured_qemu, load_config, parse_userns_option
+from qemu_userns.host.config import Config, config_paths, configured_qemu, load_config, parse_userns_option
 from qemu_userns.host.identity import find_identity
 from qemu_userns.host.paths import find_fd
 from qemu_userns.host.qemu import find_qemu, probe_qemu
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qemu_userns.cmdline.objects import CommandLine
-    from qemu_userns.host.config import Config
     from qemu_userns.host.leases import Lease
     from qemu_userns.host.qemu import QemuFacts
     from qemu_userns.plan.facts import Account, Caller
@@ -68,6 +67,14 @@ def read_settings(request: Request) -> "Config":
     return parse_userns_option(request.settings, files, "qemu-userns run")
 
 
+def read_settings_if_sound(request: Request) -> "Config":
+    """Return the settings, or none where a file is broken: the way out (QEMU_USERNS=off) must not depend on it."""
+    try:
+        return read_settings(request)
+    except UsageError:
+        return Config()
+
+
 def read_request(request: Request, config: "Config") -> Asked:
     """Read the command line with the caller's rights.
 
@@ -94,7 +101,7 @@ def find_start(asked: Asked, request: Request) -> Start:
     Raises:
         QemuUsernsError: any of its kinds, for what is wrong with the identities or the host.
     """
-    caller, commandline = look_at_caller(request.environ), asked.commandline
+    caller, commandline = look_at_caller(), asked.commandline
     user, preferred = _find_user(commandline), _preferred(commandline)
     identity, lease = find_identity(caller, user, asked.config, preferred, request.preview)
     return Start(asked, caller, identity, lease)

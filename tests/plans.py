@@ -124,7 +124,7 @@ def make_facts(
 ) -> HostFacts:
     """Return a made-up host that has nothing that every view would show."""
     account = Account("root", 0, 0, (0,)) if root else Account("user", UID, UID, (UID,))
-    caller = Caller(account, root, CWD, CWD, 0o022, frozenset((0, 1, 2, *fds)))
+    caller = Caller(account, root, CWD, 0o022, 1024, frozenset((0, 1, 2, *fds)))
     base = tuple(PathFact(entry.path, entry.path, ABSENT) for entry in BASE)
     return HostFacts(caller, MadeUpPaths(root), images or {}, base, environ or {}, landlock_abi=landlock_abi)
 

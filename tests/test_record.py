@@ -27,11 +27,10 @@ def test_fields_come_by_place_or_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "kwargs", "text"),
-    [((), {}, "no value for x"), ((1, 2, 3), {}, "3 arguments"), ((1,), {"z": 1}, "no field z"), ((1,), {"x": 1}, "no field x")],
+    ("args", "kwargs"), [((), {}), ((1, 2, 3), {}), ((1,), {"z": 1}), ((1,), {"x": 1}), ((), {"y": 1, "z": 2})]
 )
-def test_wrong_arguments(args: tuple[int, ...], kwargs: dict[str, int], text: str) -> None:
-    with pytest.raises(TypeError, match=text):
+def test_wrong_arguments(args: tuple[int, ...], kwargs: dict[str, int]) -> None:
+    with pytest.raises(TypeError, match="Point has the fields x, y"):
         Point(*args, **kwargs)
 
 
@@ -56,5 +55,5 @@ def test_replace_makes_another_one() -> None:
     point = Named(1)
     assert point.replace(y=5) == Named(1, 5)
     assert point == Named(1)
-    with pytest.raises(TypeError, match="no field z"):
+    with pytest.raises(TypeError, match="Named has the fields x, y, name"):
         point.replace(z=1)

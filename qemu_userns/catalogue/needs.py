@@ -81,6 +81,9 @@ def _find_object_needs(obj: Object) -> "Iterator[Need]":
 def _expand(need: Need) -> "Iterator[Need]":
     """Split a need whose value names several things, or names them in a language of its own."""
     match need.way:
+        case ways.IMAGE if need.member is not None and need.member.key.rpartition(".")[2] == "filename":
+            if not need.path.startswith("/dev/fdset/"):  # a protocol node's own name, in which a colon means nothing
+                yield need
         case ways.IMAGE:
             for part in find_paths(need.path):
                 yield need.replace(way=part.way, path=part.path, part=part)

@@ -47,7 +47,7 @@ ROWS: "tuple[Row, ...]" = (
     Row("machine", "initrd", ways.READ_MODULES),
     Row("machine", "dtb", ways.READ),
     Row("machine", "shim", ways.READ),
-    Row("machine", "dumpdtb", ways.WRITE),
+    Row("machine", "dumpdtb", ways.MADE),
     Row("machine", "firmware", ways.FIRMWARE),
     Row("option-rom", "romfile", ways.FIRMWARE),
     Row("device", "romfile", ways.FIRMWARE),
@@ -82,6 +82,7 @@ ROWS: "tuple[Row, ...]" = (
     Row("iscsi", "initiator-name-file", ways.READ),
     # Memory
     *_with_values("mem-path", ways.MEMORY),
+    Row("object", "mem-path", ways.READ, (("readonly", ("on",)),)),
     Row("object", "mem-path", ways.MEMORY),
     # Character devices and monitors
     Row("chardev", "path", ways.SOCKET, (("backend", ("socket",)), ("abstract", ("", "off")))),

@@ -3,7 +3,7 @@
 import json
 
 from qemu_userns.plan.grants import Connect, Consume, KeepFd, Listen, OpenFd, Reserved
-from qemu_userns.plan.layout import build_layout, build_overlay
+from qemu_userns.plan.plan import NO_HOST
 from qemu_userns.planning import make_plan
 from qemu_userns.request import find_start, read_request, read_settings
 
@@ -29,13 +29,14 @@ def explain(request: "Request", as_json: bool) -> int:
 def describe_plan(plan: "Plan") -> "dict[str, list[dict[str, str]]]":
     """Return the plan as tables of text, in the order in which a launch goes."""
     identity = plan.identity
-    layout = (build_overlay if plan.whole_host else build_layout)(plan.grants)
-    host = [{"what": "the whole host tree", "why": "fs=host, or a share of /"}] if plan.whole_host else []
+    host = (
+        [] if plan.host_tree == NO_HOST else [{"what": f"the host's tree, {plan.host_tree}", "why": "fs=host, or a share of /"}]
+    )
     return {
         "program": [{"path": plan.program, "name": plan.words[0], "identity": identity.why}],
         "uid map": [{"map": f"inside {entry.describe()} outside"} for entry in identity.uid_map],
         "gid map": [{"map": f"inside {entry.describe()} outside"} for entry in identity.gid_map],
-        "view": host + [_describe(grant) for grant in layout],
+        "view": host + [_describe(grant) for grant in plan.build_layout()],
         "fds": [_describe(grant) for grant in plan.grants if isinstance(grant, _FD_GRANTS)],
         "taken over": [_describe(grant) for grant in plan.grants if isinstance(grant, Consume)],
         "rewritten": [{"where": r.where, "before": r.before, "after": r.after, "why": r.why} for r in plan.rewrites],

@@ -1,6 +1,7 @@
 """The qemu-userns command."""
 
 import os
+import signal
 import sys
 
 from qemu_userns.cli.explain import explain
@@ -30,7 +31,9 @@ KEY=VALUE: fs=view|host, sandbox=auto|off|VALUE, require=landlock, idmap=MAP, po
 
 
 def main() -> "NoReturn":
-    """Run the command that the first word names."""
+    """Run the command that the first word names; Ctrl-C ends it at once."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_at_edge(lambda: _main(sys.argv[1:]))
 
 

@@ -11,14 +11,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import NoReturn
 
-SIGINT = 2
-
 
 def run_at_edge(function: "Callable[[], int]") -> "NoReturn":
-    """Run a program's main function and exit; no traceback reaches the user.
-
-    Ctrl-C ends the process by SIGINT, as it would end QEMU before it handles signals.
-    """
+    """Run a program's main function and exit; no traceback reaches the user."""
     sys.excepthook = _report_bug
     try:
         status = function()
@@ -28,12 +23,6 @@ def run_at_edge(function: "Callable[[], int]") -> "NoReturn":
     except OSError as err:
         _print(f"qemu-userns: {printable(str(err.filename or 'system call'))}: {err.strerror or err}\n")
         status = 1
-    except KeyboardInterrupt:
-        from qemu_userns.linux.process import reset_signal
-
-        reset_signal(SIGINT)
-        os.kill(os.getpid(), SIGINT)
-        status = 128 + SIGINT
     sys.exit(status)
 
 

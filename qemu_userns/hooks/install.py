@@ -9,8 +9,14 @@ from qemu_userns.host.qemu import is_own_entry
 # Started without site and isolated, which saves a third of an interpreter start. The second line is how find_qemu knows us.
 _ENTRY = """#!{python} -IS
 # qemu-userns drop-in
+import _signal
+import gc
 import sys
 
+gc.disable()  # this process is QEMU before there is anything to collect
+
+if _signal.getsignal(2) is _signal.default_int_handler:
+    _signal.signal(2, _signal.SIG_DFL)  # Ctrl-C ends this process at once; the supervisor cleans up
 sys.path += {path!r}
 try:
     from qemu_userns.hooks.dropin import main

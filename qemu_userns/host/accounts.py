@@ -6,12 +6,8 @@ import pwd
 from qemu_userns.errors import HostError
 from qemu_userns.plan.facts import Account, Caller
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
-
-def look_at_caller(environ: "Mapping[str, str]") -> Caller:
+def look_at_caller() -> Caller:
     """Return who starts QEMU, from where, and with which fds."""
     umask = os.umask(0)
     os.umask(umask)
@@ -21,7 +17,7 @@ def look_at_caller(environ: "Mapping[str, str]") -> Caller:
         cwd = "/"
     uid, gid = os.geteuid(), os.getegid()
     account = Account(_find_name(uid), uid, gid, tuple(os.getgroups()))
-    return Caller(account, uid == 0, cwd, environ.get("HOME"), umask, find_open_fds())
+    return Caller(account, uid == 0, cwd, umask, os.sysconf("SC_OPEN_MAX"), find_open_fds())
 
 
 def find_open_fds() -> "frozenset[int]":

@@ -11,7 +11,7 @@ from qemu_userns.host.paths import PathWalker
 from qemu_userns.linux.landlock import probe_landlock
 from qemu_userns.linux.seccomp import knows_machine
 from qemu_userns.plan.base import BASE, KVM, PTMX
-from qemu_userns.plan.facts import BLOCK, REGULAR, HostFacts, ImageFact, PathFact
+from qemu_userns.plan.facts import BLOCK, REGULAR, HostFacts, ImageFact, PathFact, directory_of
 from qemu_userns.plan.grants import READ, SEARCH
 
 TYPE_CHECKING = False
@@ -75,8 +75,8 @@ def _candidates(need: "Need") -> "tuple[str, ...]":
     """Return the paths that QEMU may mean; the last one is the plain reading."""
     if need.way == ways.PIPE:
         return (f"{need.path}.in", f"{need.path}.out", need.path)
-    if need.way in (ways.MADE, ways.SOCKET):
-        return (os.path.dirname(need.path) or ".", need.path)
+    if need.way in (ways.MADE, ways.SOCKET, ways.WRITE):
+        return (directory_of(need.path), need.path)
     if need.way == ways.READ_MODULES:
         return (*(module.partition(" ")[0] for module in need.path.split(",")), need.path)
     return (need.path,)

@@ -1,7 +1,7 @@
 """Decide who QEMU is outside, from the caller, the options and the host's subordinate ids."""
 
-from qemu_userns.errors import UsageError
-from qemu_userns.host.subids import find_ranges
+from qemu_userns.errors import HostError, UsageError
+from qemu_userns.host.subids import END_OF_IDS, find_ranges
 from qemu_userns.plan.identity import DIRECT, NEWIDMAP, SELF, Identity, MapEntry, build_map
 
 TYPE_CHECKING = False
@@ -44,8 +44,25 @@ def find_identity(
     pools = find_pools(SUBUID, SUBGID, config.pool)
     if preview:
         return _build_leased(preview_range(*pools, preferred), LEASE_COUNT, config), None
+    _check_own_map()
     lease = lease_range(RUN_DIR, *pools, preferred)
     return _build_leased(lease.first_id, lease.count, config), lease
+
+
+def _check_own_map() -> None:
+    """Refuse a root caller that is root of a user namespace only: the ids that would be leased are not its to give.
+
+    Raises:
+        HostError: it is.
+    """
+    with open("/proc/self/uid_map") as file:
+        counts = [int(line.split()[2]) for line in file]
+    if sum(counts) < END_OF_IDS:
+        raise HostError(
+            "root inside a user namespace",
+            "no ids can be leased to QEMU here",
+            "run it as an ordinary user, or name one whose ids are mapped with -run-with user=",
+        )
 
 
 def _build_leased(first_id: int, count: int, config: "Config") -> Identity:

@@ -32,6 +32,22 @@ def decode(text: str) -> Leftover:
     return Leftover(path, (int(device), int(inode)), fate == "temporary")
 
 
+def hold(item: Leftover) -> None:
+    """Keep the inode of a file that is there from being given to another one, for as long as this process lives.
+
+    File systems hand out a number again as soon as it is free, and the next VM may have the same paths. The fd is inherited.
+    """
+    try:
+        fd = os.open(item.path, os.O_PATH | os.O_NOFOLLOW)
+    except OSError:
+        return  # gone already
+    found = os.fstat(fd)
+    if (found.st_dev, found.st_ino) == item.inode:
+        os.set_inheritable(fd, True)
+    else:
+        os.close(fd)
+
+
 def remove(leftovers: "Iterable[Leftover]") -> None:
     """Remove each that is still the one that was created; what cannot be removed stays, as there is nobody to tell."""
     from qemu_userns.host.realpath import Parent  # not needed before there is something to remove

@@ -7,10 +7,10 @@ import stat
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.idmap import map_mount
 from qemu_userns.host.leftovers import Leftover, remove
+from qemu_userns.host.paths import find_fd
 from qemu_userns.host.realpath import Parent, is_trusted, open_real
 from qemu_userns.linux import mount
 from qemu_userns.plan.grants import Bind, Connect, Create, CreateDir, Grant, KeepFd, Listen, Node, OpenFd, Reserved
-from qemu_userns.plan.layout import build_layout, build_overlay
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from qemu_userns.plan.layout import Placed
     from qemu_userns.plan.plan import Plan
+
+_COPY_SIZE_BYTES = 1 << 20
 
 
 class Opened:
@@ -66,7 +68,7 @@ def open_grants(plan: "Plan", lease_fd: "int | None", opened: Opened) -> None:
     Raises:
         ResourceError: something cannot be opened or is not what the plan saw.
     """
-    opened.layout = (build_overlay if plan.whole_host else build_layout)(plan.grants)
+    opened.layout = plan.build_layout()
     for grant in plan.grants:
         try:
             _open(grant, plan, lease_fd, opened)
@@ -119,6 +121,8 @@ def _open(grant: Grant, plan: "Plan", lease_fd: "int | None", opened: Opened) ->
             opened.take(os.dup(lease_fd), grant.number)
         case Reserved(what="ptmx"):
             opened.take(os.open("/dev/ptmx", os.O_PATH | os.O_CLOEXEC), grant.number)
+        case Reserved(what="copy"):
+            opened.take(_copy_fd(grant.number), grant.number)
         case Reserved(content=str(text)):
             # QEMU opens it anew by its name, at the start; whoever reads the fd itself finds it at its end, as after a pipe.
             memory = os.memfd_create("qemu-userns-config", os.MFD_CLOEXEC)
@@ -136,13 +140,24 @@ def _open(grant: Grant, plan: "Plan", lease_fd: "int | None", opened: Opened) ->
 
 def _open_checked(grant: OpenFd) -> int:
     """Open a file that QEMU shall have; return an owned fd."""
-    fd = open_real(grant.path, grant.flags | os.O_NONBLOCK | os.O_NOCTTY)
+    flags = grant.flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    fd = os.open(grant.path, flags) if find_fd(grant.path) is not None else open_real(grant.path, flags)
     found = os.fstat(fd)
     _check_inode(found, grant.inode, grant.path)
     if not stat.S_ISREG(found.st_mode):
         raise ResourceError(grant.path, "is not a regular file")
     os.set_blocking(fd, True)
     return fd
+
+
+def _copy_fd(number: int) -> int:
+    """Return an owned fd of a copy in memory of the file that an fd of the caller is open on."""
+    source = os.open(f"/proc/self/fd/{number}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    copy = os.memfd_create("qemu-userns-copy", os.MFD_CLOEXEC)
+    while os.sendfile(copy, source, None, _COPY_SIZE_BYTES):
+        pass
+    os.close(source)
+    return copy
 
 
 def _create(grant: Create, plan: "Plan", opened: Opened) -> None:

@@ -51,7 +51,7 @@ class PathWalker:
         """
         fd = find_fd(given)
         if fd is not None:
-            return PathFact(given, given, REGULAR, fd=fd, readable=True, writable=True)
+            return _look_at_fd(given, fd)
         walk = _Walk(self, self._cwd)
         try:
             real = walk.follow(given)
@@ -77,7 +77,6 @@ class PathWalker:
             gid=found.st_gid,
             inode=(found.st_dev, found.st_ino),
             device=found.st_rdev,
-            size_bytes=found.st_size,
             readable=os.access(real, os.R_OK),
             writable=to_write and os.access(real, os.W_OK),
             parent_writable=parent_writable,
@@ -161,6 +160,27 @@ class _Walk:
     def missing(self) -> str:
         """Return the path of what is missing."""
         return os.path.join(self._at, *reversed(self._todo))
+
+
+def _look_at_fd(given: str, fd: int) -> PathFact:
+    """Return what an fd is open on; one that is not open is QEMU's to complain about."""
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return PathFact(given, given, ABSENT, fd=fd)
+    return PathFact(
+        given,
+        f"/proc/self/fd/{fd}",
+        _KINDS[stat.S_IFMT(found.st_mode)],
+        mode=found.st_mode,
+        uid=found.st_uid,
+        gid=found.st_gid,
+        inode=(found.st_dev, found.st_ino),
+        device=found.st_rdev,
+        readable=True,
+        writable=os.access(f"/proc/self/fd/{fd}", os.W_OK),
+        fd=fd,
+    )
 
 
 def find_fd(path: str) -> "int | None":

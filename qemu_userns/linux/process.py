@@ -20,7 +20,7 @@ FD_MAX = 0xFFFFFFFF
 _CAPABILITY_VERSION_3 = 0x20080522
 
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID = 0, 1, 3, 4
-CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN = 6, 7, 21
+CAP_SYS_ADMIN = 21
 
 _prctl = find_function("prctl", 5)
 _capset = find_function("capset", 2)
@@ -97,11 +97,18 @@ def close_range(first: int, last: int, flags: int) -> None:
     syscall(436, first, last, flags)
 
 
-SIGPIPE, SIGCHLD, SIGXFSZ = 13, 17, 25
+SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGCHLD, SIGXFSZ = 1, 2, 13, 15, 17, 25
 _sigaction = find_function("sigaction", 3)
+_SIG_IGN = 1
 _SIZE_OF_SIGACTION = 256  # more than any architecture's; all zero is SIG_DFL without flags
 
 
 def reset_signal(number: int) -> None:
     """Give a signal its default action: sigaction(2)."""
     call(_sigaction, number, bytes(_SIZE_OF_SIGACTION), None)
+
+
+def ignore_signal(number: int) -> None:
+    """Ignore a signal from now on, over execve too: sigaction(2)."""
+    handler = struct.pack("P", _SIG_IGN)
+    call(_sigaction, number, handler + bytes(_SIZE_OF_SIGACTION - len(handler)), None)

@@ -14,9 +14,8 @@ class BasePath(Record):
 
 # What QEMU and its libraries read of /etc. Passwords, keys and the host's own configuration are not among them.
 _ETC = (
-    "alternatives ca-certificates ceph crypto-policies fonts gai.conf gnutls group gtk-3.0 host.conf hosts iscsi ld.so.cache "
-    "ld.so.conf ld.so.conf.d libnl libnl-3 localtime nsswitch.conf pango passwd pki protocols qemu resolv.conf sasl2 services "
-    "ssl/certs ssl/openssl.cnf timezone"
+    "alternatives ceph crypto-policies fonts gai.conf gnutls group gtk-3.0 host.conf hosts iscsi ld.so.cache localtime "
+    "nsswitch.conf pango passwd pki qemu resolv.conf sasl2 services ssl/certs ssl/openssl.cnf"
 )
 
 BASE: "tuple[BasePath, ...]" = (

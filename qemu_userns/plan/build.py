@@ -9,7 +9,7 @@ from qemu_userns.plan.draft import Draft
 from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, LANDLOCK_ABI_WITH_SCOPES
 from qemu_userns.plan.grants import READ, Bind, Consume, Copy, CreateDir, Link, Listen, Private, Reserved
 from qemu_userns.plan.handover import hand_over
-from qemu_userns.plan.plan import Confinement, Plan, Rewrite
+from qemu_userns.plan.plan import NO_HOST, WHOLE_HOST, Confinement, Plan, Rewrite
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
@@ -71,7 +71,7 @@ def build_plan(
     """
     named_fds = frozenset(int(need.path) for need in needs if need.way == ways.FD and need.path.isdecimal())
     draft = Draft(commandline.objects, facts, identity, named_fds)
-    draft.whole_host = settings.whole_host
+    draft.host_tree = WHOLE_HOST if settings.whole_host else NO_HOST
     _add_base(draft, program)
     for need in needs:
         hand_over(draft, need, commandline)
@@ -87,6 +87,7 @@ def build_plan(
         draft.add(Reserved("the lease of QEMU's ids ends when its last process does", "lease", draft.next_fd()))
     if leased or any(isinstance(grant, CreateDir | Listen) or getattr(grant, "temporary", False) for grant in draft.grants):
         draft.add(Reserved("its end tells the supervisor that QEMU has ended", "supervisor", draft.next_fd()))
+    draft.join_parts()
     confinement = _choose_confinement(draft, commandline, settings, sandbox)
     words, copies = commandline.print_words(draft.edits)
     rewrites = _find_rewrites(commandline, draft.edits, words, copies)
@@ -96,17 +97,24 @@ def build_plan(
         (argv0, *draft.words, *words),
         facts.caller.cwd,
         identity,
-        draft.whole_host,
+        draft.host_tree,
         tuple(draft.grants),
         (
             *rewrites,
             *(Rewrite("added", "", f"{option} {value}", "") for option, value in zip(*[iter(draft.words)] * 2, strict=True)),
         ),
-        tuple(option.spelled for option in commandline.options if option.name and BUILTIN.find(option.name) is None),
+        tuple(
+            option.spelled for option in commandline.options if option.name and BUILTIN.find(option.spelled.lstrip("-")) is None
+        ),
         confinement,
         tuple(([identity.warning] if identity.warning else []) + draft.warnings),
         tuple(draft.notes),
     )
+
+
+def _find_unknown(commandline: "CommandLine") -> "tuple[str, ...]":
+    """Return the options that our own table does not have; -help of the QEMU at hand may have told of them."""
+    return tuple(option.spelled for option in commandline.options if option.name and not BUILTIN.find(option.spelled.lstrip("-")))
 
 
 def _add_base(draft: Draft, program: Program) -> None:
@@ -140,10 +148,10 @@ def _add_temporary(draft: Draft, commandline: "CommandLine") -> None:
     why = "temporary files of snapshots"
     for path in ("/var/tmp", environment) if environment else ("/var/tmp",):
         fact = draft.facts.paths[path]
-        if fact.kind != DIRECTORY:
+        if fact.kind != DIRECTORY or fact.real == "/":
             continue
         draft.way_to(fact, why)
-        if snapshot and fact.parent_writable | fact.writable:
+        if snapshot and fact.writable and draft.host_tree == NO_HOST:
             draft.add(CreateDir(why, fact.real))
         else:
             draft.add(Private("temporary files", fact.real, 0o1777))
@@ -160,8 +168,9 @@ def _choose_sandbox(commandline: "CommandLine", needs: "Sequence[Need]", program
     if settings.sandbox != "auto":
         return settings.sandbox
     names = {option.name for option in commandline.options}
-    privileges = "allow" if "daemonize" in names else "deny"
-    spawn = "allow" if names & _SPAWNING_OPTIONS or _spawns(commandline) or _has_monitor(commandline) else "deny"
+    spawns = bool(names & _SPAWNING_OPTIONS) or _spawns(commandline)
+    privileges = "allow" if spawns else "deny"
+    spawn = "allow" if spawns or _has_monitor(commandline) else "deny"
     return f"on,obsolete=deny,elevateprivileges={privileges},spawn={spawn},resourcecontrol=deny"
 
 

@@ -4,6 +4,7 @@ from qemu_userns.cmdline.source import replace
 from qemu_userns.plan.facts import ABSENT, DIRECTORY
 from qemu_userns.plan.grants import READ, SEARCH, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
 from qemu_userns.plan.layout import is_below
+from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST, WHOLE_HOST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,11 +12,12 @@ if TYPE_CHECKING:
 
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import Object
-    from qemu_userns.cmdline.source import Edit
+    from qemu_userns.cmdline.source import Edit, Member
     from qemu_userns.plan.facts import HostFacts, PathFact
     from qemu_userns.plan.identity import Identity
 
 _MONITORS = ("monitor", "qmp", "qmp-pretty")
+FDS_OF_OUR_OWN = 64
 LOWEST_OWN_FD = 300  # fds that the plan adds are numbered from here, out of the way of those that callers count from 3
 
 
@@ -42,8 +44,8 @@ class Draft:
         self.warnings: "list[str]" = []  # said at every launch
         self.notes: "list[str]" = []  # said by explain
         self.capabilities: "frozenset[int]" = frozenset()
-        self.whole_host = False
-        self.spawns = False
+        self.host_tree = NO_HOST
+        self._parts: "dict[Member, list[tuple[int, int, str, str]]]" = {}
         self._taken = set(facts.caller.open_fds | named_fds)
         self._fdset = 0
 
@@ -55,9 +57,25 @@ class Draft:
         """Add a refusal."""
         self.grants.append(Refuse(why, reason, hint))
 
+    def show_host(self, read_only: bool) -> None:
+        """Show the whole host tree, writable if any of those who ask for it need it so."""
+        self.host_tree = READ_ONLY_HOST if read_only and self.host_tree != WHOLE_HOST else WHOLE_HOST
+
+    def replace_part(self, member: "Member", start: int, end: int, text: str, why: str) -> None:
+        """Replace a part of a member's decoded value; several parts of one become one edit."""
+        self._parts.setdefault(member, []).append((start, end, text, why))
+
+    def join_parts(self) -> None:
+        """Make edits of the replaced parts."""
+        for member, parts in self._parts.items():
+            value = member.value
+            for start, end, text, _ in sorted(parts, reverse=True):
+                value = value[:start] + text + value[end:]
+            self.edits.append(replace(member, value, "; ".join(why for _, _, _, why in parts)))
+
     def next_fd(self) -> int:
         """Return a number for an fd of our own."""
-        number = LOWEST_OWN_FD
+        number = min(LOWEST_OWN_FD, self.facts.caller.fd_limit - FDS_OF_OUR_OWN)
         while number in self._taken:
             number += 1
         self._taken.add(number)
@@ -126,7 +144,7 @@ class Draft:
 
     def keep_fd(self, number: int, why: str, reopened: bool = False) -> None:
         """Keep an fd of the caller under its number; one that is not open is QEMU's to complain about."""
-        if number > 2 and number in self.facts.caller.open_fds:
+        if (number > 2 or reopened) and number in self.facts.caller.open_fds:
             self.add(KeepFd(why, number, reopened))
 
     def check(self, need: "Need", fact: "PathFact", want: int) -> bool:

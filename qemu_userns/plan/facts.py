@@ -20,6 +20,12 @@ MISSING = "No such file or directory"  # PathFact.error of a path whose director
 LANDLOCK_ABI_WITH_SCOPES = 6  # Linux 6.12
 
 
+def directory_of(path: str) -> str:
+    """Return the directory that a path names its last component in: "." for a bare name."""
+    head = path[: path.rfind("/") + 1]
+    return head.rstrip("/") or ("/" if head else ".")
+
+
 class PathFact(Record):
     """What a path leads to, as the caller sees it."""
 
@@ -33,7 +39,6 @@ class PathFact(Record):
     gid: int = 0
     inode: "tuple[int, int]" = (0, 0)
     device: int = 0  # st_rdev
-    size_bytes: int = 0
     error: "str | None" = None  # why the caller cannot walk to it or read it
     readable: bool = False  # by the caller, as access(2) says
     writable: bool = False
@@ -68,16 +73,9 @@ class Caller(Record):
     account: Account
     root: bool  # effective uid 0 with the capabilities that a root launch needs
     cwd: str
-    home: "str | None"
     umask: int
+    fd_limit: int  # soft RLIMIT_NOFILE
     open_fds: "frozenset[int]"  # what the caller passed in, 0 to 2 included
-
-
-class Ranges(Record):
-    """Subordinate ids: (first outside id, count)."""
-
-    uid: "tuple[tuple[int, int], ...]" = ()
-    gid: "tuple[tuple[int, int], ...]" = ()
 
 
 class HostFacts(Record):

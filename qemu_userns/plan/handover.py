@@ -9,8 +9,8 @@ from qemu_userns.cmdline.source import append, drop, remove
 from qemu_userns.plan import images
 from qemu_userns.plan.base import KVM
 from qemu_userns.plan.draft import is_shown
-from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, DIRECTORY, MISSING, REGULAR, SOCKET
-from qemu_userns.plan.grants import READ, SEARCH, WRITE, Connect, Consume, Create, Listen, Node
+from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, DIRECTORY, MISSING, REGULAR, SOCKET, directory_of
+from qemu_userns.plan.grants import READ, SEARCH, WRITE, Connect, Consume, Create, Listen, Node, Reserved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,9 +32,22 @@ def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     if need.way in _PATH_WAYS:
         fact = draft.path(need.path)
         if fact.fd is not None:
-            draft.keep_fd(fact.fd, need.describe(), reopened=True)
+            _reopen_fd(draft, need, fact.fd, commandline)
             return
     _HANDOVERS[need.way](draft, need, commandline)
+
+
+def _reopen_fd(draft: "Draft", need: "Need", number: int, commandline: "CommandLine") -> None:
+    """Keep an fd of the caller that is named as a path; QEMU opens its file again, or gets what it may not open otherwise."""
+    fact = draft.path(need.path)
+    if need.way == ways.SHARE:
+        _choose_capabilities(draft, need)
+    if fact.kind != REGULAR or draft.may(fact, READ):
+        draft.keep_fd(number, need.describe(), reopened=True)
+    elif need.way == ways.IMAGE:
+        images.hand_over(draft, need, commandline)
+    else:
+        draft.add(Reserved(need.describe(), "copy", number))
 
 
 def _read(draft: "Draft", need: "Need", _: "CommandLine") -> None:
@@ -75,7 +88,7 @@ def _write_directory(draft: "Draft", need: "Need", _: "CommandLine") -> None:
 
 def _made(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     """Show the directory in which QEMU makes a socket or symlink itself."""
-    directory = need.path.rpartition("/")[0] or ("/" if need.path.startswith("/") else ".")
+    directory = directory_of(need.path)
     fact = draft.path(directory)
     if draft.check(need.replace(path=directory), fact, READ | WRITE):
         if draft.may(fact, READ | WRITE | SEARCH):
@@ -100,7 +113,7 @@ def _write(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
             "make it that id's, or start with a new file",
         )
     else:
-        _create(draft, need, 0o666 & ~draft.facts.caller.umask, need.way == ways.MEMORY)
+        _create(draft, need, 0o666 & ~draft.facts.caller.umask, temporary=False)
 
 
 def _pidfile(draft: "Draft", need: "Need", _: "CommandLine") -> None:
@@ -164,17 +177,23 @@ def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
             "use security_model=mapped-file",
         )
         return
-    if model == "passthrough":
-        draft.capabilities |= PASSTHROUGH_CAPABILITIES
+    _choose_capabilities(draft, need)
     if fact.real == "/":
-        draft.whole_host = True
-        draft.notes.append(f"{why}: the share is the whole host tree, so QEMU sees all of it")
+        draft.show_host(read_only=readonly)
+        if not readonly:
+            draft.warnings.append(f"{why}: the share is the whole host tree, so QEMU sees all of it")
         return
     draft.bind(fact, not readonly, need.describe())
     if not readonly and not draft.may(fact, WRITE | SEARCH):
         draft.notes.append(
             f"{why}: belongs to {fact.uid}:{fact.gid}; QEMU is {draft.identity.uid}:{draft.identity.gid} and can only read it"
         )
+
+
+def _choose_capabilities(draft: "Draft", need: "Need") -> None:
+    """Keep what a share's security model takes."""
+    if need.obj.get("security_model") == "passthrough":
+        draft.capabilities |= PASSTHROUGH_CAPABILITIES
 
 
 def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -187,12 +206,15 @@ def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         return
     fact = draft.path(need.path)
     if _reconnects(need):  # its server may make it later, or anew
-        directory = draft.path(need.path.rpartition("/")[0] or ("/" if need.path.startswith("/") else "."))
-        if draft.check(need.replace(path=directory.given), directory, READ):
+        directory = draft.path(directory_of(need.path))
+        if directory.kind == ABSENT and directory.error in (None, MISSING):
+            draft.way_to(directory, need.describe())
+            draft.notes.append(f"{need.describe()} {need.path}: its directory is not there, and stays unseen if it is made later")
+        elif draft.check(need.replace(path=directory.given), directory, READ):
             draft.bind(directory, False, need.describe())
     elif fact.kind == SOCKET and draft.may(fact, WRITE):
         draft.bind(fact, True, need.describe())
-    elif fact.kind == SOCKET and draft.caller_may(fact, WRITE) and (need.obj.kind == "chardev" or need.legacy is not None):
+    elif fact.kind == SOCKET and draft.caller_may(fact, WRITE) and not _must_keep_path(need, commandline):
         number = draft.next_fd()
         draft.add(Connect(need.describe(), fact.real, number, fact.inode))
         _replace_path_by_fd(draft, need, number)
@@ -284,6 +306,8 @@ def _kvm(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     fact = draft.path(KVM)
     if fact.kind == CHARACTER and draft.caller_may(fact, READ | WRITE):
         _device(draft, need.replace(path=KVM), commandline)
+    elif fact.kind == CHARACTER:
+        draft.bind(fact, True, need.describe(), device=True)  # QEMU says that it may not
 
 
 def _fd(draft: "Draft", need: "Need", _: "CommandLine") -> None:
@@ -299,10 +323,11 @@ def _config(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
 def _consume(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Take an option out."""
     draft.add(Consume(need.describe(), need.row.reason))
-    if need.member is None or need.member.form == "word" or len(need.obj.members) == 1:
+    consumed = [] if need.member is None else need.obj.find_all(need.member.key)
+    if need.obj.form in ("word", "opts") and len(consumed) == len(need.obj.members):
         draft.edits.append(drop(commandline.options[need.obj.option], need.row.reason))
     else:
-        draft.edits.append(remove(need.obj, need.member, need.row.reason))
+        draft.edits += (remove(need.obj, member, need.row.reason) for member in consumed)
 
 
 def _refuse(draft: "Draft", need: "Need", _: "CommandLine") -> None:

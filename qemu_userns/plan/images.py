@@ -46,15 +46,15 @@ def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         draft.check(need, fact, READ)
         return
     writable = _is_written(need, commandline) and fact.writable
-    if draft.may(fact, READ | WRITE if writable else READ):
+    if fact.fd is None and draft.may(fact, READ | WRITE if writable else READ):
         draft.bind(fact, writable, why, device=fact.kind in (BLOCK, CHARACTER))
     elif fact.kind in (BLOCK, CHARACTER):
         draft.way_to(fact, why)
         draft.add(Node(why, fact.real, fact.device, fact.kind == BLOCK))
-    elif not writable:
+    elif not writable and fact.fd is None:
         draft.bind(fact, False, why)
     else:
-        _pass_in_fdset(draft, need, fact, commandline)
+        _pass_in_fdset(draft, need, fact, commandline, (_O_RDONLY, _O_RDWR) if writable else (_O_RDONLY,))
     for image in draft.facts.images.get(need.path, ()):
         _show_named_by_header(draft, need, image, writable)
 
@@ -94,8 +94,8 @@ def _is_written(need: "Need", commandline: "CommandLine") -> bool:
     return not any(option.name == "snapshot" for option in commandline.options)
 
 
-def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact", commandline: "CommandLine") -> None:
-    """Open an image outside, read-only and read-write, and name the fdset instead of the path.
+def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact", commandline: "CommandLine", modes: "tuple[int, ...]") -> None:
+    """Open an image outside, read-only and, to be written, read-write, and name the fdset instead of the path.
 
     Both modes, because QEMU opens images read-only first and takes an fd only when its access mode is the same.
     """
@@ -103,7 +103,7 @@ def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact", commandline: 
     why = f"QEMU's id {draft.identity.uid} may not write {need.path}, so it is opened outside"
     fdset = draft.next_fdset()
     name = f"/dev/fdset/{fdset}"
-    for flags in (_O_RDONLY, _O_RDWR):
+    for flags in modes:
         number = draft.next_fd()
         draft.add(OpenFd(need.describe(), fact.real, flags, number, fdset, fact.inode))
         draft.words += ("-add-fd", f"fd={number},set={fdset},opaque={need.path.replace(',', ',,')}")
@@ -113,11 +113,10 @@ def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact", commandline: 
         _turn_into_drive(draft, need, name, why, commandline, relative)
         return
     part = need.part
-    value = name
-    if part is not None:
-        text = f'"{name}"' if part.in_json else name
-        value = need.member.value[: part.start] + text + need.member.value[part.end :]
-    draft.edits.append(replace(need.member, value, why))
+    if part is None:
+        draft.edits.append(replace(need.member, name, why))
+    else:
+        draft.replace_part(need.member, part.start, part.end, f'"{name}"' if part.in_json else name, why)
     if relative:
         _name_backing(draft, need, relative[0])
 

@@ -34,9 +34,14 @@ def build_layout(grants: "Iterable[Grant]") -> "tuple[Placed, ...]":
     return tuple(layout)
 
 
-def build_overlay(grants: "Iterable[Grant]") -> "tuple[Placed, ...]":
-    """Return what is placed over the host's own tree (fs=host): only files and nodes of our own."""
-    return tuple(grant for grant in build_layout(grants) if isinstance(grant, Copy | Node))
+def build_overlay(grants: "Iterable[Grant]", read_only: bool) -> "tuple[Placed, ...]":
+    """Return what is placed over the host's own tree (fs=host, or a share of /).
+
+    Files and nodes of our own; and what QEMU writes, where the tree itself is read-only.
+    """
+    layout = build_layout([Bind("the host", "/"), *grants])
+    kinds = (Bind, Copy, Create, CreateDir, Node) if read_only else (Copy, Node)
+    return tuple(grant for grant in layout if grant.path != "/" and isinstance(grant, kinds))
 
 
 def is_below(path: str, directory: str) -> bool:

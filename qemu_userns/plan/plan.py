@@ -1,12 +1,17 @@
 """The plan of a launch, a value: what `explain` prints and launch.py carries out."""
 
 from qemu_userns.plan.grants import KeepFd, Refuse, Reserved
+from qemu_userns.plan.layout import build_layout, build_overlay
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qemu_userns.plan.grants import Grant
     from qemu_userns.plan.identity import Identity
+    from qemu_userns.plan.layout import Placed
+
+
+NO_HOST, READ_ONLY_HOST, WHOLE_HOST = "no", "read-only", "whole"
 
 
 class Rewrite(Record):
@@ -39,13 +44,19 @@ class Plan(Record):
     words: "tuple[str, ...]"  # its arguments, argv[0] included
     cwd: str
     identity: "Identity"
-    whole_host: bool  # fs=host: the view is the host's whole tree
+    host_tree: str  # NO_HOST: a view of its own; else the host's whole tree (fs=host, or a share of /), writable or not
     grants: "tuple[Grant, ...]"
     rewrites: "tuple[Rewrite, ...]"
     unknown: "tuple[str, ...]"  # options that no table knows, passed through
     confinement: Confinement
     warnings: "tuple[str, ...]" = ()  # for stderr, at every launch
     notes: "tuple[str, ...]" = ()  # for a reader of the plan
+
+    def build_layout(self) -> "tuple[Placed, ...]":
+        """Return what is placed in the view, or over the host's tree."""
+        if self.host_tree == NO_HOST:
+            return build_layout(self.grants)
+        return build_overlay(self.grants, self.host_tree == READ_ONLY_HOST)
 
     def find_refusals(self) -> "tuple[Refuse, ...]":
         """Return what stops this launch before anything is touched."""

@@ -3,7 +3,7 @@
 import os
 
 from qemu_userns.errors import HostError, SandboxError
-from qemu_userns.linux import process
+from qemu_userns.linux import mount, process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,14 +69,17 @@ class NamespaceLimits:
         Raises:
             SandboxError: /proc/sys/user cannot be written.
         """
-        self._fds: "list[int]" = []
-        for kind in ("user", "mnt", "net"):
-            path = f"/proc/sys/user/max_{kind}_namespaces"
-            try:
-                self._fds.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
-            except OSError as err:
-                hint = "make /proc/sys writable; containers often hide it"
-                raise SandboxError("cannot forbid namespaces inside QEMU's", f"{path}: {err.strerror}", hint) from err
+        try:
+            # On a copy of the mount, since a mount that is open for writing could not become read-only.
+            proc = mount.open_tree(mount.AT_FDCWD, "/proc", mount.OPEN_TREE_CLONE | mount.AT_RECURSIVE)
+            self._fds = [
+                os.open(f"sys/user/max_{kind}_namespaces", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+                for kind in ("user", "mnt", "net")
+            ]
+            os.close(proc)
+        except OSError as err:
+            hint = "make /proc/sys writable; containers often hide it"
+            raise SandboxError("cannot forbid namespaces inside QEMU's", f"/proc/sys/user: {err.strerror}", hint) from err
 
     def forbid_all(self) -> None:
         """Set them to zero, and close them.

@@ -60,25 +60,42 @@ def build_view(opened: "Opened", cwd: str) -> None:
     _enter(root, cwd)
 
 
-def overlay_host(opened: "Opened", cwd: str) -> None:
-    """Leave the host's tree in sight (fs=host), and place only files and nodes of our own over it.
+def overlay_host(opened: "Opened", cwd: str, read_only: bool) -> None:
+    """Leave the host's tree in sight (fs=host, a share of /), and place what the layout has over it.
 
     Should and must not: as `build_view`.
+
+    Args:
+        opened: as in `build_view`.
+        cwd: working directory.
+        read_only: whether nothing but what is placed may be written.
 
     Raises:
         SandboxError: a step failed.
     """
     staging = _cover_root(opened.nodes_fd)
     try:
-        for grant in opened.layout:
-            if isinstance(grant, Copy | Node):
-                fd = _stage(staging, grant)
-                mount.move_mount(fd, "", mount.AT_FDCWD, grant.path, mount.MOVE_MOUNT_F_EMPTY_PATH)
-                os.close(fd)
+        placed = [(grant.path, _open_placed(staging, grant, opened)) for grant in opened.layout]
+        if read_only:
+            mount.mount_setattr(mount.AT_FDCWD, "/", mount.AT_RECURSIVE, mount.MOUNT_ATTR_RDONLY)
+        for path, fd in placed:
+            mount.move_mount(fd, "", mount.AT_FDCWD, path, mount.MOVE_MOUNT_F_EMPTY_PATH)
+            os.close(fd)
         os.close(staging)
         os.chdir(cwd)
     except OSError as err:
         raise SandboxError("cannot place our files over the host's", err.strerror or str(err)) from err
+
+
+def _open_placed(staging: int, grant: "Placed", opened: "Opened") -> int:
+    """Return an owned fd of a detached mount of what a grant places."""
+    match grant:
+        case Copy() | Node():
+            return _stage(staging, grant)
+        case Bind() | Create() | CreateDir():
+            return _open_source(grant, opened)
+        case Link() | Private():
+            raise SandboxError(grant.path, "has no place over the host's tree")
 
 
 def _cover_root(nodes_fd: "int | None") -> int:
@@ -122,18 +139,11 @@ def _place(root: int, grant: "Placed", opened: "Opened", made: "set[str]") -> No
         case Private(tmpfs=False):
             _make_directories(root, name, made)
         case Private():
-            _make_directories(root, name, made)
             _attach(root, name, _mount_tmpfs({"mode": f"{grant.mode:o}"}))
         case Copy() | Node():
-            _make_file(root, name)
             _attach(root, name, _stage(root, grant))
         case Bind() | Create() | CreateDir():
-            fd = _open_source(grant, opened)
-            if os.fstat(fd).st_mode & 0o170000 == 0o040000:
-                _make_directories(root, name, made)
-            else:
-                _make_file(root, name)
-            _attach(root, name, fd)
+            _attach(root, name, _open_source(grant, opened))
 
 
 def _open_source(grant: "Bind | Create | CreateDir", opened: "Opened") -> int:
@@ -154,12 +164,23 @@ def _open_source(grant: "Bind | Create | CreateDir", opened: "Opened") -> int:
 
 
 def _attach(root: int, name: str, fd: int) -> None:
-    """Attach a detached mount at a path of the new root; take ownership of `fd`."""
-    target = mount.openat2(root, name, os.O_PATH, _TARGET)
+    """Attach a detached mount at a path of the new root, made there unless a bind above shows it; take ownership of `fd`.
+
+    move_mount(2) follows no symlink at the end of its path unless it is told to.
+    """
+    parent, last = _open_parent(root, name)
     try:
-        mount.move_mount(fd, "", target, "", mount.MOVE_MOUNT_F_EMPTY_PATH | mount.MOVE_MOUNT_T_EMPTY_PATH)
+        if os.fstat(fd).st_mode & 0o170000 == 0o040000:
+            os.mkdir(last, 0o755, dir_fd=parent)
+        else:
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+            os.close(os.open(last, flags, 0o644, dir_fd=parent))
+    except FileExistsError:
+        pass
+    try:
+        mount.move_mount(fd, "", parent, last, mount.MOVE_MOUNT_F_EMPTY_PATH)
     finally:
-        os.close(target)
+        os.close(parent)
         os.close(fd)
 
 
@@ -172,17 +193,6 @@ def _make_directories(root: int, name: str, made: "set[str]") -> None:
     parent, last = _open_parent(root, name)
     try:
         os.mkdir(last, 0o755, dir_fd=parent)
-    except FileExistsError:
-        return
-    finally:
-        os.close(parent)
-
-
-def _make_file(root: int, name: str) -> None:
-    """Make an empty file to mount over, unless a bind above shows the host's."""
-    parent, last = _open_parent(root, name)
-    try:
-        os.close(os.open(last, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=parent))
     except FileExistsError:
         return
     finally:

@@ -13,7 +13,7 @@ import os
 import sys
 
 from qemu_userns.errors import HostError, SandboxError
-from qemu_userns.host.leftovers import Leftover, decode, encode
+from qemu_userns.host.leftovers import Leftover, decode, encode, hold
 from qemu_userns.host.usernamespace import Holder, open_namespace, write_maps
 from qemu_userns.linux import process
 
@@ -109,11 +109,14 @@ def _run_child(request: int, answer: int, identity: "Identity", leased: bool) ->
     """Leave the launcher's family, serve it, and end; nothing of the launcher's own code runs in here any more."""
     try:
         os.setsid()
+        for number in (process.SIGHUP, process.SIGINT, process.SIGTERM):
+            # Who stops QEMU's whole control group still wants QEMU's files removed after it.
+            process.ignore_signal(number)
         if os.fork() == 0:
             _leave_caller(request, answer)
             process.reset_signal(process.SIGCHLD)  # ignored, the exit status of newuidmap would be lost
             holder = _make_namespace(identity, answer)
-            leftovers = _follow_launch(request, holder)
+            leftovers = _follow_launch(request, holder, leased)
             if leftovers or leased:
                 _become_clean(request, leftovers, leased)
     finally:
@@ -151,7 +154,7 @@ def _make_namespace(identity: "Identity", answer: int) -> "Holder | None":
     return holder
 
 
-def _follow_launch(request: int, holder: "Holder | None") -> "list[Leftover]":
+def _follow_launch(request: int, holder: "Holder | None", leased: bool) -> "list[Leftover]":
     """Follow the launch to its COMMIT; return what has to go at QEMU's end.
 
     When it ends without, everything that it created is removed, and this process ends.
@@ -169,7 +172,7 @@ def _follow_launch(request: int, holder: "Holder | None") -> "list[Leftover]":
 
     if holder is not None:
         holder.let_go()
-    clean_up(leftovers, leased=True)
+    clean_up(leftovers, leased)
     os._exit(0)
 
 
@@ -187,6 +190,8 @@ def _read_messages(request: int) -> "Iterator[str]":
 
 def _become_clean(request: int, leftovers: "list[Leftover]", leased: bool) -> None:
     """Execute main.py in a fresh interpreter; what it has to remove goes in by a memfd, not by its command line."""
+    for item in leftovers:
+        hold(item)
     state = os.memfd_create("qemu-userns-supervisor", 0)
     os.write(state, os.fsencode("".join(f"{encode(item)}\0" for item in leftovers)))
     os.set_inheritable(request, True)

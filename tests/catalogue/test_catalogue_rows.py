@@ -51,7 +51,7 @@ CASES = [
     case("-machine initrd=/x/file", ways.READ_MODULES, "/x/file", RO),
     case("-M dtb=/x/file", ways.READ, "/x/file", RO),
     case("-M shim=/x/file", ways.READ, "/x/file", RO),
-    case("-M dumpdtb=/x/new", ways.WRITE, "/x/new", NEW),
+    case("-M dumpdtb=/x/new", ways.MADE, "/x/new", "rw /x"),
     case("-M firmware=/x/file", ways.FIRMWARE, "/x/file", RO),
     case("-option-rom /x/file,bootindex=1", ways.FIRMWARE, "/x/file", RO),
     case("-device VGA,romfile=/x/file", ways.FIRMWARE, "/x/file", RO),
@@ -110,7 +110,8 @@ CASES = [
     # Memory
     *value_cases("mem-path", ways.MEMORY, "/x/dir", DIR_RW),
     case("-object memory-backend-file,id=m,mem-path=/x/file", ways.MEMORY, "/x/file", RW),
-    case("-object memory-backend-file,id=m,mem-path=/x/new", ways.MEMORY, "/x/new", "create /x/new temporary"),
+    case("-object memory-backend-file,id=m,mem-path=/x/new", ways.MEMORY, "/x/new", "create /x/new"),
+    case("-object memory-backend-file,id=m,mem-path=/x/file,readonly=on", ways.READ, "/x/file", RO),
     # Character devices and monitors
     case("-chardev socket,id=c,path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
     case("-chardev socket,id=c,path=/x/new,server=on", ways.SOCKET, "/x/new", "listen /x/new"),

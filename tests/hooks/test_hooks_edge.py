@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -78,10 +77,6 @@ def test_an_internal_error_is_one_line_and_a_request(body: str) -> None:
     assert first.startswith("qemu-userns: internal error: ")
     assert second == "hint: please report this line"
     assert end == ""
-
-
-def test_ctrl_c_ends_by_the_signal() -> None:
-    assert run("raise KeyboardInterrupt") == (-signal.SIGINT, "", "")
 
 
 def test_stderr_may_be_closed() -> None:

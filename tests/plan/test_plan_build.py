@@ -8,6 +8,7 @@ from qemu_userns.plan.build import Settings
 from qemu_userns.plan.draft import LOWEST_OWN_FD
 from qemu_userns.plan.facts import ImageFact
 from qemu_userns.plan.grants import Bind, Copy, Private, Refuse, Reserved
+from qemu_userns.plan.plan import READ_ONLY_HOST, WHOLE_HOST
 from tests.plans import LEASED, asked_for, plan_of
 
 BACKING = {"/x/file": (ImageFact("/x/file-base", "qcow2", "backing", "/x/file", True),)}
@@ -198,9 +199,10 @@ def test_passthrough_shares_keep_four_capabilities() -> None:
     [
         (("-nodefaults",), ("deny", "deny")),
         (("-nodefaults", "-daemonize"), ("allow", "allow")),
-        (("-nodefaults", "-netdev", "tap,id=n"), ("deny", "allow")),
-        (("-nodefaults", "-netdev", "user,id=n,smb=/x/dir"), ("deny", "allow")),
-        (("-nodefaults", "-incoming", "exec:cat"), ("deny", "allow")),
+        (("-nodefaults", "-netdev", "tap,id=n"), ("allow", "allow")),
+        (("-nodefaults", "-netdev", "user,id=n,smb=/x/dir"), ("allow", "allow")),
+        (("-nodefaults", "-incoming", "exec:cat"), ("allow", "allow")),
+        (("-nodefaults", "-monitor", "stdio"), ("deny", "allow")),
     ],
 )
 def test_seccomp_is_added(argv: tuple[str, ...], setting: tuple[str, str]) -> None:
@@ -264,10 +266,11 @@ def test_tmpdir_is_there() -> None:
     )
 
 
-def test_a_share_of_the_root_shows_the_whole_host_and_says_so() -> None:
-    plan = plan_of("-fsdev", "local,id=f,path=/,security_model=none,readonly=on")
-    assert plan.whole_host
-    assert any("the whole host tree" in text for text in (*plan.warnings, *plan.notes))
+@pytest.mark.parametrize(("readonly", "tree"), [("on", READ_ONLY_HOST), ("yes", READ_ONLY_HOST), ("off", WHOLE_HOST)])
+def test_a_share_of_the_root_shows_the_whole_host_and_says_so(readonly: str, tree: str) -> None:
+    plan = plan_of("-fsdev", f"local,id=f,path=/,security_model=none,readonly={readonly}")
+    assert plan.host_tree == tree
+    assert bool(plan.warnings) == (tree == WHOLE_HOST)
 
 
 def test_every_grant_describes_itself() -> None:

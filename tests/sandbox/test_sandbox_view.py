@@ -212,11 +212,26 @@ def test_nothing_is_left_on_the_host(host: Path) -> None:
     assert sorted(path.name for path in host.iterdir()) == ["data", "image", "secret"]
 
 
+def test_the_whole_host_read_only_but_for_what_is_granted(host: Path) -> None:
+    def look() -> tuple[str, str]:
+        opened = Opened(lambda _: None)
+        opened.layout = (bind(host / "image", writable=True),)
+        overlay_host(opened, str(host), read_only=True)
+        (host / "image").write_text("written")
+        try:
+            (host / "new").touch()
+        except OSError as err:
+            return (host / "image").read_text(), os.strerror(err.errno or 0)
+        return "", ""
+
+    assert in_namespaces(look) == ("written", "Read-only file system")
+
+
 def test_the_whole_host(host: Path) -> None:
     def look() -> tuple[str, str]:
         opened = Opened(lambda _: None)
         opened.layout = (Copy("test", str(host / "secret"), "copy"),)
-        overlay_host(opened, str(host))
+        overlay_host(opened, str(host), read_only=False)
         return Path("secret").read_text(), (host / "data/other").read_text()
 
     assert in_namespaces(look) == ("copy", "data/other")
