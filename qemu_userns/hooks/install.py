@@ -4,6 +4,7 @@ import os
 import sys
 
 from qemu_userns.errors import HostError, ResourceError
+from qemu_userns.hooks.bundle import NAME, build_bundle
 from qemu_userns.host.qemu import is_own_entry
 
 # Started without site and isolated, which saves a third of an interpreter start. The second line is how find_qemu knows us.
@@ -11,13 +12,23 @@ _ENTRY = """#!{python} -IS
 # qemu-userns drop-in
 import _signal
 import gc
+import marshal
 import sys
+from _frozen_importlib_external import MAGIC_NUMBER
 
 gc.disable()  # this process is QEMU before there is anything to collect
 
 if _signal.getsignal(2) is _signal.default_int_handler:
     _signal.signal(2, _signal.SIG_DFL)  # Ctrl-C ends this process at once; the supervisor cleans up
 sys.path += {path!r}
+try:
+    with open({bundle!r}, "rb") as file:
+        data = file.read()
+    if data.startswith(MAGIC_NUMBER):
+        loader, BUNDLE = marshal.loads(data[len(MAGIC_NUMBER) :])
+        exec(loader, {{"BUNDLE": BUNDLE, "__name__": "qemu_userns.hooks.loader"}})
+except OSError:
+    pass  # the modules are imported one by one
 try:
     from qemu_userns.hooks.dropin import main
 except (ImportError, OSError) as error:
@@ -44,9 +55,11 @@ def install(directory: str, path_env: str) -> "list[str]":
     names = find_qemus(path_env)
     if not names:
         raise HostError("qemu-system-*", "no QEMU in PATH", "install qemu-system-x86 or another qemu-system package")
-    text = _ENTRY.format(python=os.path.realpath(sys.executable), path=find_import_path())
+    bundle = os.path.join(os.path.abspath(directory), NAME)
+    text = _ENTRY.format(python=os.path.realpath(sys.executable), path=find_import_path(), bundle=bundle)
     try:
         os.makedirs(directory, exist_ok=True)
+        _write(bundle, build_bundle(), 0o644)
         for name in names:
             _write_entry(os.path.join(directory, name), text)
     except OSError as err:
@@ -83,9 +96,14 @@ def _write_entry(path: str, text: str) -> None:
     """Write an entry beside its place and move it there, so that a start at the same moment finds a whole one."""
     if os.path.lexists(path) and not is_own_entry(path):
         raise ResourceError(path, "is not an entry of qemu-userns, and is left alone", "name another directory")
+    _write(path, text.encode(), 0o755)
+
+
+def _write(path: str, data: bytes, mode: int) -> None:
+    """Write a file beside its place and move it there."""
     temporary = f"{path}.new"
-    fd = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o755)
-    with os.fdopen(fd, "w") as file:
-        file.write(text)
-        os.fchmod(fd, 0o755)
+    fd = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+        os.fchmod(fd, mode)
     os.rename(temporary, path)

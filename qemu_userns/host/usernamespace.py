@@ -43,6 +43,8 @@ class Holder:
             _hold(owner, ready_write, hold_read, self._hold)
         os.close(ready_write)
         os.close(hold_read)
+        if owner is not None and owner.method == NEWIDMAP:
+            import qemu_userns.host.newidmap  # noqa: F401  # loaded while the holder unshares
         code = os.read(self._ready, 16)
         if code != b"0":
             self.let_go()

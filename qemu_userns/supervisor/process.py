@@ -1,12 +1,12 @@
 """The process beside the launcher: it works outside while the launcher plans, and after QEMU has ended.
 
-Theory of operation. `fork_supervisor` leaves a grandchild of the launcher, in a session of its own and with no fd of the
-caller. At once it makes the user namespace and has its maps written, which takes newuidmap and newgidmap as long as the
-launcher needs to plan; then it answers with the pid of the namespace's holder. The launcher opens the namespace and writes one
-message for each file that it creates (`note`), and COMMIT last before execve. If the pipe ends without COMMIT, the launcher has
-died, and all those files are removed. After it the supervisor ends, unless files have to be removed when QEMU ends: then it
-becomes a clean interpreter (main.py), so that nothing of the caller's command line is left in its own, and waits for the
-same pipe to end, whose other end is QEMU's by then.
+Theory of operation. `fork_supervisor` starts it in a session of its own and with no fd of the caller. At once it makes the user
+namespace and has its maps written, which takes newuidmap and newgidmap as long as the launcher needs to plan; then it answers
+with the pid of the namespace's holder, and leaves the launcher's family by another fork. The launcher sends one message for
+each file that it creates (`note`), says when it has joined, and sends COMMIT last before execve. If the pipe ends without
+COMMIT, the launcher has died, and all those files are removed. After it the supervisor ends, unless files have to be removed
+when QEMU ends: then it becomes a clean interpreter (main.py), so that nothing of the caller's command line is left in its own,
+and waits for the same pipe to end, whose other end is QEMU's by then.
 """
 
 import os
@@ -38,7 +38,7 @@ class Supervisor:
         Args:
             request_fd: taken over; passed on to QEMU when the supervisor stays, for QEMU's end to be seen.
             answer_fd: taken over.
-            child: the process between launcher and supervisor, to be reaped.
+            child: the supervisor's first process, which ends when the maps are written, to be reaped.
             leased: whether ids are leased, whose file goes at QEMU's end.
         """
         self.request_fd = request_fd
@@ -70,7 +70,7 @@ class Supervisor:
         self._send(encode(leftover))
 
     def commit(self) -> None:
-        """Say that QEMU is about to run, and reap the process in between, which QEMU would never do."""
+        """Say that QEMU is about to run, and reap the supervisor's first process, which QEMU would never do."""
         self._send(COMMIT)
         process.reap(self._child)
 
@@ -106,16 +106,16 @@ def fork_supervisor(identity: "Identity", leased: bool) -> Supervisor:
 
 
 def _run_child(request: int, answer: int, identity: "Identity", leased: bool) -> "NoReturn":
-    """Leave the launcher's family, serve it, and end; nothing of the launcher's own code runs in here any more."""
+    """Serve the launcher, leave its family, and end; nothing of the launcher's own code runs in here any more."""
     try:
         os.setsid()
         for number in (process.SIGHUP, process.SIGINT, process.SIGTERM):
             # Who stops QEMU's whole control group still wants QEMU's files removed after it.
             process.ignore_signal(number)
-        if os.fork() == 0:
-            _leave_caller(request, answer)
-            process.reset_signal(process.SIGCHLD)  # ignored, the exit status of newuidmap would be lost
-            holder = _make_namespace(identity, answer)
+        process.reset_signal(process.SIGCHLD)  # ignored, the exit status of newuidmap would be lost
+        _leave_caller(request, answer)
+        holder = _make_namespace(identity, answer)
+        if os.fork() == 0:  # only now, while the launcher builds the view: it waits for the maps, and QEMU must have no child
             leftovers = _follow_launch(request, holder, leased)
             if leftovers or leased:
                 _become_clean(request, leftovers, leased)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qemu_userns.errors import HostError, ResourceError
+from qemu_userns.hooks.bundle import NAME
 from qemu_userns.hooks.install import find_qemus, install
 from qemu_userns.host.qemu import is_own_entry
 
@@ -29,8 +30,9 @@ def qemus(tmp_path: Path) -> Path:
 def test_an_entry_for_each_qemu(qemus: Path, tmp_path: Path) -> None:
     target = tmp_path / "a/drop in"
     assert install(str(target), str(qemus)) == ["qemu-system-arm", "qemu-system-x86_64"]
-    assert sorted(os.listdir(target)) == ["qemu-system-arm", "qemu-system-x86_64"]
-    for entry in target.iterdir():
+    assert sorted(os.listdir(target)) == [NAME, "qemu-system-arm", "qemu-system-x86_64"]
+    assert (target / NAME).stat().st_mode & 0o777 == 0o644
+    for entry in target.glob("qemu-system-*"):
         assert entry.stat().st_mode & 0o777 == 0o755
         assert is_own_entry(str(entry))
         compile(entry.read_text(), str(entry), "exec")

@@ -1,0 +1,46 @@
+"""Make the bundle: the code of this program's modules in one file, for the drop-in entries of a directory."""
+
+import importlib.util
+import marshal
+import os
+import pkgutil
+
+import qemu_userns
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import CodeType
+
+NAME = ".qemu-userns.bundle"
+LOADER = "qemu_userns.hooks.loader"
+# Not on the launch path.
+_LEFT_OUT = ("qemu_userns.cli", "qemu_userns.hooks.install", "qemu_userns.hooks.bundle", LOADER)
+
+
+def build_bundle() -> bytes:
+    """Return the interpreter's magic number, and marshalled: the loader's code and what it loads from."""
+    modules = {}
+    for found in [*pkgutil.walk_packages(qemu_userns.__path__, "qemu_userns."), None]:
+        name = "qemu_userns" if found is None else found.name
+        if name.startswith(_LEFT_OUT):
+            continue
+        file = _find_file(name)
+        status = os.stat(file)
+        is_package = os.path.basename(file) == "__init__.py"
+        modules[name] = (is_package, file, status.st_mtime_ns, status.st_size, marshal.dumps(_compile(file)))
+    return importlib.util.MAGIC_NUMBER + marshal.dumps((_compile(_find_file(LOADER)), modules))
+
+
+def _find_file(name: str) -> str:
+    """Return the source file of a module."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{name} has no file")
+    return os.path.abspath(spec.origin)
+
+
+def _compile(file: str) -> "CodeType":
+    """Return the code of a source file."""
+    with open(file, "rb") as source:
+        code: CodeType = compile(source.read(), file, "exec", dont_inherit=True)
+    return code
