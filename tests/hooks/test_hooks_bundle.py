@@ -36,7 +36,7 @@ def checkout(tmp_path: Path) -> Path:
 def ask(checkout: Path) -> str:
     """Return how a module is imported in an interpreter that has the bundle."""
     script = ASK.format(path=str(checkout), bundle=str(checkout / "bundle"), magic=len(importlib.util.MAGIC_NUMBER))
-    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
