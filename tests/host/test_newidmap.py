@@ -33,10 +33,8 @@ def test_an_old_one_gets_the_pid(programs: Path) -> None:
 
 
 def test_a_new_one_gets_a_directory_of_the_process(programs: Path) -> None:
-    stand_in(
-        programs,
-        f'# usage: [PID|fd:PIDFD]\necho "$*" >{programs}/$(basename $0).said\nreadlink /proc/self/fd/${{1#fd:}} >>{programs}/$(basename $0).said',
-    )
+    log = f"{programs}/$(basename $0).said"
+    stand_in(programs, f'# usage: [PID|fd:PIDFD]\necho "$*" >{log}\nreadlink /proc/self/fd/${{1#fd:}} >>{log}')
     assert takes_fd(find_program("newuidmap"))
     run_newidmap(os.getpid(), MAPS, MAPS)
     for name in ("newuidmap", "newgidmap"):
