@@ -212,9 +212,7 @@ def _uids_in_use() -> "frozenset[int]":
         if not name.isdecimal():
             continue
         try:
-            effective = os.stat(f"/proc/{name}").st_uid
-            uids.add(effective)
-            if effective:
+            if os.stat(f"/proc/{name}").st_uid:
                 uids.update(_status_uids(name))
         except OSError:
             continue  # gone meanwhile
@@ -222,12 +220,14 @@ def _uids_in_use() -> "frozenset[int]":
 
 
 def _status_uids(pid: str) -> "list[int]":
-    """Read the Uid: line of a process; raises OSError."""
+    """Read the Uid: line of a process, none for a zombie, which can do nothing any more; raises OSError."""
     fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = os.read(fd, 4096)
     finally:
         os.close(fd)
+    if b"\nState:\tZ" in text:
+        return []
     return [int(uid) for uid in text.partition(b"\nUid:")[2].partition(b"\n")[0].split()]
 
 

@@ -115,10 +115,15 @@ def _run_child(request: int, answer: int, identity: "Identity", leased: bool) ->
         process.reset_signal(process.SIGCHLD)  # ignored, the exit status of newuidmap would be lost
         _leave_caller(request, answer)
         holder = _make_namespace(identity, answer)
+        messages = _read_messages(request)
+        leftovers = _take_notes(messages, leased)
+        if holder is not None:
+            holder.let_go()
         if os.fork() == 0:  # only now, while the launcher builds the view: it waits for the maps, and QEMU must have no child
-            leftovers = _follow_launch(request, holder, leased)
-            if leftovers or leased:
-                _become_clean(request, leftovers, leased)
+            _wait_for_commit(messages, leftovers, leased)
+            temporary = [item for item in leftovers if item.temporary]
+            if temporary or leased:
+                _become_clean(request, temporary, leased)
     finally:
         os._exit(0)
 
@@ -154,24 +159,26 @@ def _make_namespace(identity: "Identity", answer: int) -> "Holder | None":
     return holder
 
 
-def _follow_launch(request: int, holder: "Holder | None", leased: bool) -> "list[Leftover]":
-    """Follow the launch to its COMMIT; return what has to go at QEMU's end.
-
-    When it ends without, everything that it created is removed, and this process ends.
-    """
+def _take_notes(messages: "Iterator[str]", leased: bool) -> "list[Leftover]":
+    """Return the files that the launcher creates before it joins the namespace; when it dies, remove them, and end."""
     leftovers: "list[Leftover]" = []
-    for message in _read_messages(request):
-        if message == JOINED and holder is not None:
-            holder.let_go()
-            holder = None
-        elif message == COMMIT:
-            return [item for item in leftovers if item.temporary]
-        elif message != JOINED and holder is not None:  # all files are made before; what comes later is not the launcher's
-            leftovers.append(decode(message))
+    for message in messages:
+        if message == JOINED:
+            return leftovers
+        leftovers.append(decode(message))
+    return _give_up(leftovers, leased)
+
+
+def _wait_for_commit(messages: "Iterator[str]", leftovers: "list[Leftover]", leased: bool) -> None:
+    """Wait for COMMIT; when the launcher dies without, remove what it created, and end. No other message counts any more."""
+    if COMMIT not in messages:
+        _give_up(leftovers, leased)
+
+
+def _give_up(leftovers: "list[Leftover]", leased: bool) -> "NoReturn":
+    """Remove what a launch that failed has created, and end."""
     from qemu_userns.supervisor.cleanup import clean_up
 
-    if holder is not None:
-        holder.let_go()
     clean_up(leftovers, leased)
     os._exit(0)
 

@@ -180,7 +180,7 @@ def test_all_three_uids_of_a_process_are_seen(uids: "tuple[int, int, int]") -> N
 
 
 def test_own_uid_is_in_use() -> None:
-    assert UID in leases._uids_in_use()
+    assert UID == 0 or UID in leases._uids_in_use()  # root is in no map
 
 
 def test_no_fd_is_left_without_proc(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
