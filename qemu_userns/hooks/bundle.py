@@ -14,12 +14,25 @@ if TYPE_CHECKING:
 NAME = ".qemu-userns.bundle"
 LOADER = "qemu_userns.hooks.loader"
 # Not on the launch path.
-_LEFT_OUT = ("qemu_userns.cli", "qemu_userns.hooks.install", "qemu_userns.hooks.bundle", LOADER)
+_LEFT_OUT = (
+    "qemu_userns.cli",
+    "qemu_userns.hooks.install",
+    "qemu_userns.hooks.bundle",
+    "qemu_userns.host.qemu_probe",
+    "qemu_userns.host.settings",
+    "qemu_userns.supervisor.main",
+    LOADER,
+)
 
 
 def build_bundle() -> bytes:
-    """Return the interpreter's magic number, and marshalled: the loader's code and what it loads from."""
+    """Return the bundle.
+
+    It is the interpreter's magic number; the length of the head; the head, marshalled, with the loader's code and what it has to
+    know of each module; and the modules' code, one after the other.
+    """
     modules = {}
+    code = b""
     for found in [*pkgutil.walk_packages(qemu_userns.__path__, "qemu_userns."), None]:
         name = "qemu_userns" if found is None else found.name
         if name.startswith(_LEFT_OUT):
@@ -27,8 +40,11 @@ def build_bundle() -> bytes:
         file = _find_file(name)
         status = os.stat(file)
         is_package = os.path.basename(file) == "__init__.py"
-        modules[name] = (is_package, file, status.st_mtime_ns, status.st_size, marshal.dumps(_compile(file)))
-    return importlib.util.MAGIC_NUMBER + marshal.dumps((_compile(_find_file(LOADER)), modules))
+        start = len(code)
+        code += marshal.dumps(_compile(file))
+        modules[name] = (is_package, file, status.st_mtime_ns, status.st_size, start, len(code))
+    head = marshal.dumps((_compile(_find_file(LOADER)), modules))
+    return importlib.util.MAGIC_NUMBER + len(head).to_bytes(4, "little") + head + code
 
 
 def _find_file(name: str) -> str:

@@ -17,9 +17,10 @@ ASK = """
 import sys
 sys.path += [{path!r}]
 import marshal
-data = open({bundle!r}, "rb").read()
-loader, BUNDLE = marshal.loads(data[{magic}:])
-exec(loader, {{"BUNDLE": BUNDLE, "__name__": "loader"}})
+data = open({bundle!r}, "rb").read()[{magic}:]
+end = 4 + int.from_bytes(data[:4], "little")
+loader, BUNDLE = marshal.loads(data[4:end])
+exec(loader, {{"BUNDLE": BUNDLE, "CODE": memoryview(data)[end:], "__name__": "loader"}})
 import qemu_userns.hooks.dropin as module
 print(getattr(module.__spec__.loader, "__name__", "a file"), module.__file__)
 """
@@ -69,6 +70,6 @@ def test_a_bundle_that_is_older_than_a_module_is_left_alone(checkout: Path, chan
 def test_it_has_the_launch_path_and_no_tools() -> None:
     data = build_bundle()
     assert data.startswith(importlib.util.MAGIC_NUMBER)
-    _, modules = marshal.loads(data[len(importlib.util.MAGIC_NUMBER) :])
+    _, modules = marshal.loads(data[len(importlib.util.MAGIC_NUMBER) + 4 :])
     assert {"qemu_userns", "qemu_userns.launch", "qemu_userns.plan.build", "qemu_userns.supervisor.process"} <= modules.keys()
     assert not [name for name in modules if name.startswith("qemu_userns.cli") or name == LOADER]
