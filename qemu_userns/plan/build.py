@@ -83,10 +83,7 @@ def build_plan(
     sandbox = _choose_sandbox(commandline, needs, program, settings)
     if sandbox is not None:
         draft.words[:0] = ["-sandbox", sandbox]
-    if leased:
-        draft.add(Reserved("the lease of QEMU's ids ends when its last process does", "lease", draft.next_fd()))
-    if leased or any(isinstance(grant, CreateDir | Listen) or getattr(grant, "temporary", False) for grant in draft.grants):
-        draft.add(Reserved("its end tells the supervisor that QEMU has ended", "supervisor", draft.next_fd()))
+    _reserve_fds(draft, leased)
     draft.join_parts()
     confinement = _choose_confinement(draft, commandline, settings, sandbox)
     words, copies = commandline.print_words(draft.edits)
@@ -99,17 +96,26 @@ def build_plan(
         identity,
         draft.host_tree,
         tuple(draft.grants),
-        (
-            *rewrites,
-            *(Rewrite("added", "", f"{option} {value}", "") for option, value in zip(*[iter(draft.words)] * 2, strict=True)),
-        ),
-        tuple(
-            option.spelled for option in commandline.options if option.name and BUILTIN.find(option.spelled.lstrip("-")) is None
-        ),
+        (*rewrites, *_find_added(draft.words)),
+        _find_unknown(commandline),
         confinement,
         tuple(([identity.warning] if identity.warning else []) + draft.warnings),
         tuple(draft.notes),
     )
+
+
+def _reserve_fds(draft: Draft, leased: bool) -> None:
+    """Reserve numbers for the fds by which a lease, and what is to be removed, end with QEMU."""
+    if leased:
+        draft.add(Reserved("the lease of QEMU's ids ends when its last process does", "lease", draft.next_fd()))
+    if leased or any(isinstance(grant, CreateDir | Listen) or getattr(grant, "temporary", False) for grant in draft.grants):
+        draft.add(Reserved("its end tells the supervisor that QEMU has ended", "supervisor", draft.next_fd()))
+
+
+def _find_added(words: "Sequence[str]") -> "tuple[Rewrite, ...]":
+    """Say which options are added, each with its value."""
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return tuple(Rewrite("added", "", f"{option} {value}", "") for option, value in pairs)
 
 
 def _find_unknown(commandline: "CommandLine") -> "tuple[str, ...]":
