@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,3 +107,12 @@ def test_kvm_that_the_caller_may_not_open(rom: Path) -> None:
     assert "failed to initialize kvm" in done.stderr
     done = run([*nobody, *dropin_words()], rom, "-accel", "kvm", "-accel", "tcg")
     assert (done.returncode, done.stdout) == (exit_status(VALUE), f"{LINE}\n")
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(shutil.which("qemu-system-x86_64-microvm") is None, reason="no qemu-system-x86_64-microvm, which has no tcg")
+def test_a_qemu_that_has_only_kvm_takes_it_by_itself(launch: Launch) -> None:
+    words = [f"{dropin_words()[0]}-microvm", "-M", "microvm", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio"]
+    done = subprocess.run([*words, *launch.options], input="info kvm\nquit\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "kvm support: enabled" in done.stdout

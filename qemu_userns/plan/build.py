@@ -8,7 +8,7 @@ from qemu_userns.plan.base import BASE, LINKS, PRIVATE, PTMX
 from qemu_userns.plan.draft import Draft
 from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, LANDLOCK_ABI_WITH_SCOPES
 from qemu_userns.plan.grants import READ, Bind, Consume, Copy, CreateDir, Link, Listen, Private, Reserved
-from qemu_userns.plan.handover import hand_over
+from qemu_userns.plan.handover import add_kvm, hand_over
 from qemu_userns.plan.plan import NO_HOST, WHOLE_HOST, Confinement, Plan, Rewrite
 from qemu_userns.record import Record
 
@@ -75,6 +75,8 @@ def build_plan(
     _add_base(draft, program)
     for need in needs:
         hand_over(draft, need, commandline)
+    if _defaults_to_kvm(commandline, program):
+        add_kvm(draft, "the accelerator that this QEMU takes by itself")
     _add_temporary(draft, commandline)
     for option in commandline.options:
         if option.name == "userns":
@@ -116,6 +118,15 @@ def _find_added(words: "Sequence[str]") -> "tuple[Rewrite, ...]":
     """Say which options are added, each with its value."""
     pairs = zip(words[::2], words[1::2], strict=True)
     return tuple(Rewrite("added", "", f"{option} {value}", "") for option, value in pairs)
+
+
+def _defaults_to_kvm(commandline: "CommandLine", program: Program) -> bool:
+    """Say whether a QEMU that is built for KVM is left to choose its accelerator."""
+    name = program.path.rpartition("/")[2]
+    if not name.endswith(("-microvm", "kvm")):
+        return False
+    named = any(obj.kind == "accel" or (obj.kind == "machine" and obj.get("accel")) for obj in commandline.objects)
+    return not named and all(option.name != "enable-kvm" for option in commandline.options)
 
 
 def _find_unknown(commandline: "CommandLine") -> "tuple[str, ...]":

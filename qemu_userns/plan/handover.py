@@ -301,13 +301,20 @@ def _refuse_access(draft: "Draft", need: "Need", what: str) -> None:
     )
 
 
-def _kvm(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
-    """Show /dev/kvm as the caller would open it; where it is missing QEMU says so, or goes on to the next accelerator."""
+def _kvm(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    add_kvm(draft, need.describe())
+
+
+def add_kvm(draft: "Draft", why: str) -> None:
+    """Show /dev/kvm as the caller would open it; where it may not, QEMU says so, or goes on to the next accelerator."""
     fact = draft.path(KVM)
-    if fact.kind == CHARACTER and draft.caller_may(fact, READ | WRITE):
-        _device(draft, need.replace(path=KVM), commandline)
-    elif fact.kind == CHARACTER:
-        draft.bind(fact, True, need.describe(), device=True)  # QEMU says that it may not
+    if fact.kind != CHARACTER:
+        return
+    if draft.facts.caller.root and not draft.may(fact, READ | WRITE):
+        draft.way_to(fact, why)
+        draft.add(Node(why, fact.real, fact.device, block=False))
+    else:
+        draft.bind(fact, True, why, device=True)
 
 
 def _fd(draft: "Draft", need: "Need", _: "CommandLine") -> None:
