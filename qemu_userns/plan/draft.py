@@ -166,9 +166,9 @@ def is_shown(path: str) -> bool:
     return any(is_below(path, shown) for shown in ("/proc", "/dev/pts", "/dev/fd")) or path == "/dev/shm"
 
 
-def missing_hint(need: "Need", cwd: str) -> "str | None":
+def missing_hint(need: "Need", cwd: str) -> str:
     """Say what a relative path is relative to."""
-    return None if need.path.startswith("/") else f"relative to {cwd}"
+    return "check the path" if need.path.startswith("/") else f"the path is relative to {cwd}"
 
 
 def permission_hint(fact: "PathFact") -> str:
