@@ -95,11 +95,3 @@ def _cut(entry: MapEntry, wanted: MapEntry) -> "list[MapEntry]":
             left.append(MapEntry(piece.inside + high, piece.outside + high, piece.count - high))
         pieces = [piece for piece in left if piece.count > 0]
     return pieces
-
-
-def find_outside(entries: "Sequence[MapEntry]", inside: int) -> "int | None":
-    """Return the outside id of an inside id, or None when the map does not reach it."""
-    for entry in entries:
-        if entry.inside <= inside < entry.inside + entry.count:
-            return entry.outside + inside - entry.inside
-    return None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qemu_userns.plan.identity import SELF, Identity, MapEntry, build_map, find_outside
+from qemu_userns.plan.identity import SELF, Identity, MapEntry, build_map
 
 BASE = 100_000
 SPANS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), max_size=4)
@@ -73,13 +73,6 @@ def test_without_extra_entries_all_ids_count(spans: list[tuple[int, int]]) -> No
     entries = build_map(1000, ranges, [])
     assert entries[0] == MapEntry(0, 1000, 1)
     assert sum(entry.count for entry in entries) == 1 + sum(count for _, count in ranges)
-
-
-@given(SPANS, EXTRA, st.integers(0, 300))
-def test_find_outside_reads_the_map(spans: list[tuple[int, int]], extra: list[MapEntry], inside: int) -> None:
-    entries = build_map(1000, ranges_of(spans), extra)
-    expected = {one: other for entry in entries for one, other in zip(ids(entry, "inside"), ids(entry, "outside"), strict=True)}
-    assert find_outside(entries, inside) == expected.get(inside)
 
 
 def test_lxds_example() -> None:
