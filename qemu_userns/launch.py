@@ -65,7 +65,7 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     opened = Opened(supervisor.note)
     try:
         open_grants(plan, None if start.lease is None else start.lease.fd, opened)
-        namespace = supervisor.open_namespace()
+        namespaces = supervisor.open_namespaces()
     except BaseException:
         opened.undo()
         raise
@@ -74,7 +74,7 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
         os.write(2, f"qemu-userns: warning: {printable(warning)}\n".encode())
     if plan.identity.switch:
         become(plan.identity)
-    join(namespace)
+    join(namespaces)
     limits = NamespaceLimits()
     if plan.host_tree == NO_HOST:
         build_view(opened, plan.cwd)

@@ -26,7 +26,7 @@ def map_mount(fd: int, owner: "tuple[int, int]", shown_as: "tuple[int, int]", pa
     try:
         write_file(f"/proc/{holder.pid}/uid_map", f"{owner[0]} {shown_as[0]} 1")
         write_file(f"/proc/{holder.pid}/gid_map", f"{owner[1]} {shown_as[1]} 1")
-        namespace = open_namespace(holder.pid)
+        namespace = open_namespace(holder.pid, "user")
         try:
             attributes = mount.MOUNT_ATTR_IDMAP | mount.MOUNT_ATTR_RDONLY
             mount.mount_setattr(fd, "", mount.AT_EMPTY_PATH | mount.AT_RECURSIVE, attributes, namespace)

@@ -2,12 +2,15 @@
 
 Theory of operation. A user namespace needs a process to be born in. That is the holder, a child that unshares, says so, and
 waits to be let go; meanwhile its maps are written from outside, and whoever opens /proc/HOLDER/ns/user keeps the namespace.
+
+The holder for QEMU takes a mount and an IPC namespace along: copying the host's mounts costs the more the more there are, and
+so it happens beside the launcher, not in it.
 """
 
 import os
 
 from qemu_userns.errors import HostError, SandboxError
-from qemu_userns.linux import process
+from qemu_userns.linux import mount, process
 from qemu_userns.plan.identity import NEWIDMAP
 
 TYPE_CHECKING = False
@@ -21,7 +24,9 @@ _EPERM_HINT = (
     "allow unprivileged user namespaces: sysctl kernel.unprivileged_userns_clone=1 on older Debian kernels, "
     "kernel.apparmor_restrict_unprivileged_userns=0 or an AppArmor profile on Ubuntu; in a container, its seccomp profile"
 )
-_ENOSPC_HINT = "raise user.max_user_namespaces with sysctl; 0 switches user namespaces off"
+_ENOSPC_HINT = (
+    "raise user.max_user_namespaces, user.max_mnt_namespaces or user.max_ipc_namespaces with sysctl; 0 switches them off"
+)
 
 
 class Holder:
@@ -65,7 +70,11 @@ def _hold(owner: "Identity | None", ready: int, hold: int, other_end: int) -> No
         if owner is not None and owner.switch:
             # From here on not dumpable (prctl(2)), so that no other process of that id can look into what was root's.
             process.set_ids(owner.uid, owner.gid, owner.groups)
-        process.unshare(process.CLONE_NEWUSER)
+        # Its own IPC namespace as well, since System V shared memory is open to every process of the same uid.
+        process.unshare(process.CLONE_NEWUSER | (0 if owner is None else process.CLONE_NEWNS | process.CLONE_NEWIPC))
+        if owner is not None:
+            # What is mounted on the host later still arrives in the copies, nothing of ours goes back.
+            mount.set_propagation("/", mount.MS_REC | mount.MS_SLAVE)
     except OSError as err:
         code = err.errno or _EINVAL
     os.write(ready, str(code).encode())
@@ -101,9 +110,9 @@ def write_maps(pid: int, identity: "Identity") -> None:
         raise SandboxError("cannot write the id maps", err.strerror or str(err), _map_hint(err.errno)) from err
 
 
-def open_namespace(pid: int) -> int:
-    """Return an owned fd of a holder's user namespace."""
-    return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+def open_namespace(pid: int, kind: str) -> int:
+    """Return an owned fd of a process's namespace; `kind` as in /proc/PID/ns."""
+    return os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def write_file(path: str, text: str) -> None:

@@ -1,8 +1,8 @@
-"""Become the outside identity, join its user namespace, and have a mount namespace of one's own."""
+"""Become the outside identity, and join the namespaces that were made for QEMU."""
 
 import os
 
-from qemu_userns.errors import HostError, SandboxError
+from qemu_userns.errors import SandboxError
 from qemu_userns.linux import mount, process
 
 TYPE_CHECKING = False
@@ -31,29 +31,24 @@ def become(identity: "Identity") -> None:
         raise SandboxError(f"cannot become {identity.uid}:{identity.gid}", err.strerror or str(err)) from err
 
 
-def join(namespace: int) -> None:
-    """Join the user namespace, and unshare the mount and the IPC namespace within it.
+def join(namespaces: "tuple[int, ...]") -> None:
+    """Join the user namespace, and the mount and the IPC namespace that it owns.
 
-    Should: run as the id that owns the namespace, which has every capability in it (user_namespaces(7), "Capabilities").
+    Should: run as the id that owns the user namespace, which has every capability in it (user_namespaces(7), "Capabilities").
     Must not: be called with threads running (setns(2), CLONE_NEWUSER).
 
     Args:
-        namespace: fd of the user namespace; takes ownership.
+        namespaces: fds, the user namespace's first; takes ownership.
 
     Raises:
         SandboxError: the kernel refuses.
-        HostError: the limit of mount namespaces is reached.
     """
     try:
-        process.setns(namespace, process.CLONE_NEWUSER)
-        os.close(namespace)
-        # Its own IPC namespace as well, since System V shared memory is open to every process of the same uid.
-        process.unshare(process.CLONE_NEWNS | process.CLONE_NEWIPC)
+        for fd in namespaces:
+            process.setns(fd, 0)
+            os.close(fd)
     except OSError as err:
-        if err.errno == 28:
-            hint = "raise user.max_mnt_namespaces with sysctl"
-            raise HostError("cannot make a mount namespace", "the limit is reached", hint) from err
-        raise SandboxError("cannot enter the user namespace", err.strerror or str(err)) from err
+        raise SandboxError("cannot enter QEMU's namespaces", err.strerror or str(err)) from err
 
 
 class NamespaceLimits:

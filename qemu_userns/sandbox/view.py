@@ -3,7 +3,8 @@
 Theory of operation. `build_view` runs in the launcher, inside the new user and mount namespace, where it holds every
 capability and the host's tree is still its root:
 
-1. `set_propagation`: what is mounted on the host later still arrives in the copies (slave), nothing of ours goes back.
+1. The copies of the host's mounts are slaves (host/usernamespace.py): what is mounted on the host later still arrives in
+   them, nothing of ours goes back.
 2. A tmpfs is attached over "/". The process's root stays the host's, so paths still mean the host's files, while
    the new root is reached through its fd alone.
 3. Each grant of the layout is placed below that fd. A bind is a detached copy of a host mount (open_tree), made
@@ -101,7 +102,6 @@ def _open_placed(staging: int, grant: "Placed", opened: "Opened") -> int:
 def _cover_root(nodes_fd: "int | None") -> int:
     """Attach a tmpfs over "/", with the staging directory in it; return an owned fd of it."""
     try:
-        mount.set_propagation("/", mount.MS_REC | mount.MS_SLAVE)
         root = _mount_tmpfs({"mode": "755", "size": "16m", "nr_inodes": "10k"})
         mount.move_mount(root, "", mount.AT_FDCWD, "/", mount.MOVE_MOUNT_F_EMPTY_PATH)
         for name in (_STAGING, _FILES, _NODES):

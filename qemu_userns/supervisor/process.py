@@ -46,8 +46,8 @@ class Supervisor:
         self._answer_fd = answer_fd
         self._child = child
 
-    def open_namespace(self) -> int:
-        """Wait for the user namespace and its maps; return an owned fd of it.
+    def open_namespaces(self) -> "tuple[int, ...]":
+        """Wait for the namespaces and their maps; return owned fds of them, the user namespace first.
 
         Raises:
             HostError: user namespaces are forbidden; newuidmap or newgidmap is missing, or refuses.
@@ -59,10 +59,10 @@ class Supervisor:
         kind, what, why, hint = os.fsdecode(answer).split("\0", 3)
         if kind != READY:
             raise (HostError if kind == "HostError" else SandboxError)(what, why, hint or None)
-        namespace = open_namespace(int(what))
+        namespaces = tuple(open_namespace(int(what), kind) for kind in ("user", "mnt", "ipc"))
         os.close(self._answer_fd)
         self._send(JOINED)
-        return namespace
+        return namespaces
 
     def note(self, leftover: Leftover) -> None:
         """Tell of a file that was created."""

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +94,18 @@ def in_launcher(function: Callable[[Supervisor], Any], leased: bool = False) -> 
     return in_child(lambda: function(fork_supervisor(OWN, leased)))
 
 
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
 @pytest.mark.userns
 def test_the_namespace_comes_with_its_maps() -> None:
     def launcher(supervisor: Supervisor) -> tuple[str, str]:
         from qemu_userns.linux import process
 
-        namespace = supervisor.open_namespace()
-        process.setns(namespace, process.CLONE_NEWUSER)
+        for namespace in supervisor.open_namespaces():
+            process.setns(namespace, 0)
         return Path("/proc/self/uid_map").read_text(), Path("/proc/self/setgroups").read_text()
 
     uid_map, setgroups = in_launcher(launcher)
@@ -119,7 +124,7 @@ def test_without_commit_everything_that_was_created_goes(tmp_path: Path, joined:
         supervisor.note(leftover(folder / "kept", False))
         supervisor.note(leftover(folder / "temporary"))
         if joined:
-            os.close(supervisor.open_namespace())
+            close_all(supervisor.open_namespaces())
 
     in_launcher(launcher)
     wait_until(lambda: not list(folder.iterdir()))
@@ -136,7 +141,7 @@ def test_after_commit_what_is_temporary_goes_at_the_end(tmp_path: Path) -> None:
         os.close(hold_write)
         supervisor.note(leftover(folder / "kept", False))
         supervisor.note(leftover(folder / "temporary"))
-        os.close(supervisor.open_namespace())
+        close_all(supervisor.open_namespaces())
         supervisor.note(leftover(folder / "not ours"))  # too late: all files are made before
         assert supervisor.stays
         supervisor.commit()
@@ -197,7 +202,7 @@ def supervisors_of(pipe: str) -> list[int]:
 @pytest.mark.userns
 def test_with_nothing_to_do_it_ends_at_commit() -> None:
     def launcher(supervisor: Supervisor) -> bool:
-        os.close(supervisor.open_namespace())
+        close_all(supervisor.open_namespaces())
         supervisor.commit()
         return supervisor.stays
 
