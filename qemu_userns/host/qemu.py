@@ -9,6 +9,10 @@ from qemu_userns.errors import HostError, LaunchError
 from qemu_userns.host import cache
 from qemu_userns.record import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 MARKER = b"qemu-userns drop-in"  # in the first bytes of each entry that `qemu-userns install` makes
 MARKER_WITHIN = 256
 
@@ -83,7 +87,7 @@ def probe_qemu(path: str, cache_dir: "str | None") -> QemuFacts:
         status = os.stat(path)
     except OSError as err:
         raise LaunchError(path, str(err.strerror), "check the path of QEMU", exit_status=127) from err
-    identity = [path, os.environ.get("LD_LIBRARY_PATH", "")]
+    identity = [path, *(f"{name}={value}" for name, value in search_paths(os.environ).items())]
     facts = cache.load(cache_dir, "qemu", status)
     if facts is None or facts.get("identity") != identity:
         from qemu_userns.host.qemu_probe import run_probes
@@ -100,6 +104,29 @@ def probe_qemu(path: str, cache_dir: "str | None") -> QemuFacts:
         data_dirs=tuple(facts["data_dirs"]),
         library_dirs=tuple(facts["library_dirs"]),
     )
+
+
+def search_paths(environ: "Mapping[str, str]") -> "dict[str, str]":
+    """Return the variables that say where QEMU's libraries and modules are, with absolute paths.
+
+    An empty entry of LD_LIBRARY_PATH, mostly a stray colon, is left out: it means the working directory, which no view shows.
+    """
+    found = {name: environ[name] for name in ("LD_LIBRARY_PATH", "LD_PRELOAD", "QEMU_MODULE_DIR") if environ.get(name)}
+    if "LD_LIBRARY_PATH" in found:
+        found["LD_LIBRARY_PATH"] = ":".join(_absolute(entry) for entry in split_path(found["LD_LIBRARY_PATH"]))
+    if "QEMU_MODULE_DIR" in found:
+        found["QEMU_MODULE_DIR"] = _absolute(found["QEMU_MODULE_DIR"])
+    return found
+
+
+def split_path(text: str) -> "list[str]":
+    """Return the entries of LD_LIBRARY_PATH without the empty ones; ld.so(8) takes colons and semicolons."""
+    return [entry for entry in text.replace(";", ":").split(":") if entry]
+
+
+def _absolute(path: str) -> str:
+    """Return an absolute path, with its ".." as they are (a symlink may come before one) and the linker's own $ORIGIN."""
+    return path if path.startswith(("/", "$")) else os.path.join(os.getcwd(), path)
 
 
 def _check_program(path: str, invoked: "str | None", hint: str) -> str:

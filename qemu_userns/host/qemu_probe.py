@@ -5,7 +5,7 @@ import subprocess
 
 from qemu_userns.cmdline.table import parse_help
 from qemu_userns.errors import HostError, LaunchError
-from qemu_userns.host.qemu import parse_version
+from qemu_userns.host.qemu import parse_version, search_paths, split_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run_probes(path: str) -> "Facts":
     }
 
 
-def _run(path: str, *args: str, **environ: str) -> "tuple[str, str]":
+def _run(path: str, *args: str, cwd: str = "/", **environ: str) -> "tuple[str, str]":
     """Run QEMU; return its stdout and stderr, whatever its exit status; raises HostError and LaunchError."""
     try:
         done = subprocess.run(
@@ -50,8 +50,8 @@ def _run(path: str, *args: str, **environ: str) -> "tuple[str, str]":
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=PROBE_TIMEOUT_S,
-            cwd="/",
-            env={**os.environ, "LC_ALL": "C", "LANG": "C", **environ},
+            cwd=cwd,
+            env={**os.environ, **search_paths(os.environ), "LC_ALL": "C", "LANG": "C", **environ},
             check=False,
         )
     except subprocess.TimeoutExpired as err:
@@ -65,27 +65,52 @@ def _run(path: str, *args: str, **environ: str) -> "tuple[str, str]":
 
 def _find_library_dirs(path: str, data_dirs: "Iterable[str]") -> "list[str]":
     """Find the directories outside the system's own that QEMU reads by itself, data_dirs aside."""
-    directories = {os.path.dirname(name) for name in _shared_libraries(path)}
+    searched = search_paths(os.environ)
+    directories = _library_dirs(_run(path, "-version", LD_TRACE_LOADED_OBJECTS="1")[0])
+    # Whole: libraries open others late and by name, plugins of theirs too.
+    directories.update(filter(_has_libraries, split_path(searched.get("LD_LIBRARY_PATH", ""))))
     program_dir = os.path.dirname(os.path.realpath(path))
     if os.path.isdir(f"{program_dir}/qemu-bundle"):
         directories.add(program_dir)  # a build tree
-    directories.update(_module_dirs(os.path.dirname(program_dir)))
-    for data_dir in data_dirs:
-        directories.update(_link_target_dirs(data_dir))
+    prefix = os.path.dirname(program_dir)
+    if os.path.isdir(f"{prefix}/etc/qemu"):
+        directories.add(f"{prefix}/etc/qemu")
+    module_dirs = {*_module_dirs(prefix), *filter(os.path.isdir, [searched.get("QEMU_MODULE_DIR", "")])}
+    for module_dir in module_dirs:
+        directories.update(_library_dirs(_trace_modules(path, module_dir)))
+    for linking_dir in (*data_dirs, *module_dirs):
+        directories.update(_link_target_dirs(linking_dir))
+    directories |= module_dirs
     return sorted(directory for directory in directories if not _is_system(directory))
 
 
-def _shared_libraries(path: str) -> "set[str]":
-    """Return the shared libraries and the linker of a program, as named and as they really are.
+def _library_dirs(trace: str) -> "set[str]":
+    """Return where the shared libraries and the linker of a trace are, as named and as they really are.
 
     Source: ld.so(8), LD_TRACE_LOADED_OBJECTS. A static program ignores it and prints its version.
     """
-    names = set()
-    for line in _run(path, "-version", LD_TRACE_LOADED_OBJECTS="1")[0].split("\n"):
+    directories = set()
+    for line in trace.split("\n"):
         name = line.rpartition("=> ")[2].strip().rpartition(" (0x")[0]
         if name.startswith("/"):
-            names |= {os.path.normpath(name), os.path.realpath(name)}
-    return names
+            directories |= {os.path.dirname(os.path.normpath(name)), os.path.dirname(os.path.realpath(name))}
+    return directories
+
+
+def _trace_modules(path: str, module_dir: str) -> str:
+    """Trace the libraries of the modules of a directory, all at once: QEMU opens them late, but as if they were preloaded.
+
+    Nothing of them is executed. LD_PRELOAD separates names by spaces and colons, which a directory's name may have.
+    """
+    names = [f"./{name}" for name in _names_in(module_dir) if name.endswith(".so") and " " not in name and ":" not in name]
+    if _is_system(module_dir) or not names or not os.access(module_dir, os.X_OK):
+        return ""
+    return _run(path, "-version", cwd=module_dir, LD_TRACE_LOADED_OBJECTS="1", LD_PRELOAD=" ".join(names))[0]
+
+
+def _has_libraries(directory: str) -> bool:
+    """Tell whether there are shared libraries in a directory."""
+    return any(name.endswith(".so") or ".so." in name for name in _names_in(directory))
 
 
 def _module_dirs(prefix: str) -> "list[str]":
@@ -115,4 +140,5 @@ def _names_in(directory: str) -> "list[str]":
 
 def _is_system(directory: str) -> bool:
     """Tell whether a directory is in every view, or is the root and thus too much for any."""
+    directory = os.path.normpath(directory)
     return directory == "/" or any(directory == system or directory.startswith(f"{system}/") for system in SYSTEM_DIRS)

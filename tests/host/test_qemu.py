@@ -135,6 +135,40 @@ def test_a_build_tree_is_shown(tmp_path: Path) -> None:
     assert f"{tmp_path}/build" in probe_qemu(path, None).library_dirs
 
 
+def test_search_paths_are_shown_where_they_hold_libraries_and_never_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fake_qemu(tmp_path / "bin" / NAME)
+    for name in ("libs/libx.so.1", "rel/liby.so", "none/readme", "cwd.so", "modules/a.so", "prefix/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/b.so").touch()
+    (tmp_path / "modules/b.so").symlink_to("../far/b.so")
+    (tmp_path / "etc/qemu").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", f":{tmp_path}/libs;rel:{tmp_path}/none::/usr/lib:$ORIGIN/x:")
+    monkeypatch.setenv("QEMU_MODULE_DIR", "modules")
+    shown = probe_qemu(path, None).library_dirs
+    assert shown == tuple(f"{tmp_path}/{name}" for name in ("etc/qemu", "far", "libs", "modules", "rel"))
+
+
+def test_a_library_that_only_a_module_names_is_shown(tmp_path: Path) -> None:
+    """As in a prefix without LD_LIBRARY_PATH, whose modules say themselves where their libraries are."""
+    copy = tmp_path / "bin" / NAME
+    copy.parent.mkdir()
+    shutil.copy("/bin/true", copy)  # a dynamic program: nothing of it is run to trace
+    for folder in ("lib/qemu", "own"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "empty.c").write_text("int late(void);\nint early(void) { return late(); }\n")
+    (tmp_path / "late.c").write_text("int late(void) { return 0; }\n")
+    own, module = tmp_path / "own/liblate.so", tmp_path / "lib/qemu/block-x.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", own, "-Wl,-soname,liblate.so", tmp_path / "late.c"], check=True)
+    runpath = "-Wl,-rpath,$ORIGIN/../../own"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", module, tmp_path / "empty.c", own, runpath], check=True)
+    assert qemu_probe._find_library_dirs(str(copy), ()) == [f"{tmp_path}/lib/qemu", f"{tmp_path}/own"]
+
+
 def test_a_build_without_seccomp(tmp_path: Path) -> None:
     facts = probe_qemu(fake_qemu(tmp_path / "bin" / NAME, sandbox="no"), None)
     assert not facts.sandbox
@@ -171,9 +205,10 @@ def test_a_cache_for_another_name_or_library_path_is_not_used(tmp_path: Path, mo
     os.link(path, f"{path}-2")
     assert probe_qemu(f"{path}-2", cache).path == f"{path}-2"
     assert len(runs(tmp_path)) == 2 * once
-    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/lib")
-    probe_qemu(f"{path}-2", cache)
-    assert len(runs(tmp_path)) == 3 * once
+    for times, name in enumerate(("LD_LIBRARY_PATH", "QEMU_MODULE_DIR", "LD_PRELOAD"), 3):
+        monkeypatch.setenv(name, "/nonexistent/libx.so")
+        probe_qemu(f"{path}-2", cache)
+        assert len(runs(tmp_path)) == times * once
 
 
 def test_no_qemu(tmp_path: Path) -> None:
@@ -222,7 +257,8 @@ def test_real_qemu_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "lib").mkdir()
     path = str(shutil.copy(REAL[0], tmp_path / "bin" / NAME))
-    library = next(name for name in qemu_probe._shared_libraries(REAL[0]) if "libglib-2.0" in name and not os.path.islink(name))
+    traced = subprocess.run([REAL[0]], env={"LD_TRACE_LOADED_OBJECTS": "1"}, capture_output=True, text=True, check=True).stdout
+    library = next(line.split()[2] for line in traced.splitlines() if "libglib-2.0" in line)
     shutil.copy(library, tmp_path / "lib" / "libglib-2.0.so.0")
     os.environ["LD_LIBRARY_PATH"] = f"{tmp_path}/lib"
     facts = probe_qemu(path, None)
