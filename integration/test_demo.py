@@ -7,15 +7,16 @@ import pwd
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from integration.vm import user_environment
-from tests.conftest import CHECKOUT, dropin_folder
+from tests.conftest import CHECKOUT, dropin_folder, lacking, try_command
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 pytestmark = [pytest.mark.qemu, pytest.mark.dropin, pytest.mark.newuidmap, pytest.mark.xattr, pytest.mark.slow]
 
@@ -69,6 +70,78 @@ def test_demo(unprivileged_user: str, shared_tmp: Path) -> None:
         assert inside != outside
     assert max(map(len, done.stdout.splitlines())) <= 130
     assert not list(shared_tmp.iterdir())
+
+
+SUDOER = "qemu-userns-sudo"
+# A dpkg-query that knows nothing of one package, which scripts/setup then installs once more: nothing changes but apt's lists.
+DPKG_QUERY = """#!/bin/sh
+for package; do :; done
+[ "$package" != acl ] || exit 1
+exec /usr/bin/dpkg-query "$@"
+"""
+
+
+@pytest.fixture
+def sudoer() -> Iterator[pwd.struct_passwd]:
+    """A user with sudo and without subordinate ids, as long as the test takes."""
+    if reason := try_command("sudo", "--non-interactive", "true"):
+        lacking("sudo", reason)
+    rule = Path("/etc/sudoers.d") / SUDOER
+    subprocess.run(["useradd", "--system", "--user-group", "--create-home", SUDOER], check=True)
+    try:
+        rule.write_text(f"{SUDOER} ALL=(ALL) NOPASSWD: ALL\n")
+        rule.chmod(0o440)
+        yield pwd.getpwnam(SUDOER)
+    finally:
+        rule.unlink(missing_ok=True)
+        subprocess.run(["userdel", "--remove", SUDOER], check=True, capture_output=True)
+
+
+def subordinate_ids(name: str) -> list[tuple[str, str]]:
+    """Return the lines of a user in /etc/subuid and /etc/subgid."""
+    files = ("/etc/subuid", "/etc/subgid")
+    return [(file, line) for file in files for line in Path(file).read_text().splitlines() if line.startswith(f"{name}:")]
+
+
+def copy_checkout(copy: Path, owner: pwd.struct_passwd) -> None:
+    """Copy this checkout with its .venv, as if `owner` had set it up."""
+    copy.mkdir()
+    pack = ["tar", "--exclude=./.git", "--exclude=./.*_cache", "-cf", "-", "-C", str(CHECKOUT), "."]
+    with subprocess.Popen(pack, stdout=subprocess.PIPE) as packing:
+        subprocess.run(["tar", "-xf", "-", "-C", str(copy)], stdin=packing.stdout, check=True)
+    assert packing.returncode == 0
+    subprocess.run(["chown", "-R", f"{owner.pw_uid}:{owner.pw_gid}", str(copy)], check=True)
+
+
+@pytest.mark.root
+def test_a_user_with_sudo_runs_the_demo(sudoer: pwd.struct_passwd, shared_tmp: Path) -> None:
+    """What is missing is installed by sudo; the copy stands in the checkout's place, so that its .venv need not be made anew."""
+    copy, tools, tmp = shared_tmp / "checkout", shared_tmp / "bin", shared_tmp / "tmp"
+    copy_checkout(copy, sudoer)
+    tools.mkdir()
+    (tools / "dpkg-query").write_text(DPKG_QUERY)
+    (tools / "dpkg-query").chmod(0o755)
+    tmp.mkdir()
+    tmp.chmod(0o1777)
+    assert subordinate_ids(SUDOER) == []
+    script = 'mount --bind "$1" "$2" && cd "$2" && exec setpriv --reuid="$3" --regid="$3" --init-groups scripts/demo'
+    environ = user_environment(sudoer)
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", str(copy), str(CHECKOUT), SUDOER],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**environ, "TMPDIR": str(tmp), "PATH": f"{tools}:{environ['PATH']}"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for line in ("setup: installing acl ...", f"setup: giving {SUDOER} subordinate uids ...", f"starting a guest as {SUDOER} "):
+        assert line in done.stderr
+    assert [file for file, _ in subordinate_ids(SUDOER)] == ["/etc/subuid", "/etc/subgid"]
+    first = int(subordinate_ids(SUDOER)[0][1].split(":")[1])
+    assert f"uid_map 0 is {sudoer.pw_uid} all ids are the host's 1-65536 are {first}-{first + 65535}" in words(done.stdout)
+    assert not list(tmp.iterdir())
+    assert {path.lstat().st_uid for path in copy.rglob("*")} == {sudoer.pw_uid}
 
 
 def words(text: str) -> str:

@@ -66,3 +66,13 @@ def format_error(error: QemuUsernsError) -> str:
 def printable(text: str) -> str:
     """Return `text` with what is not printable escaped, undecodable bytes of file names too."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def describe_bug(error: BaseException) -> str:
+    """Return one line for an exception that nobody expected, with the place where it was raised."""
+    at, line = "", 0
+    trace = error.__traceback__
+    while trace is not None:
+        at, line = trace.tb_frame.f_code.co_filename.rpartition("/")[2], trace.tb_lineno
+        trace = trace.tb_next
+    return f"internal error: {type(error).__name__} at {at}:{line}: {printable(str(error))}"

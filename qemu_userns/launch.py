@@ -1,9 +1,9 @@
 """Launch QEMU: the numbered list of the design, from a request to execve.
 
 1 parse the command line and find the identity; 2 fork the supervisor, which makes the user namespace meanwhile; 3 look at the
-host and build the plan (planning.py); 4 open what is to be opened, with the caller's rights; 5 take the namespace with its
-maps from the supervisor; 6 become the outside identity and join it; 7 build the view; 8 forbid further namespaces and confine;
-9 pass the fds; 10 execve.
+host and build the plan (planning.py); 4 open what is to be opened, with the caller's rights; 5 take the namespaces with their
+maps from the supervisor, and hand the monitors over to it; 6 become the outside identity and join them; 7 build the view;
+8 forbid further namespaces and confine; 9 pass the fds; 10 execve.
 """
 
 import errno
@@ -38,7 +38,7 @@ def launch(request: "Request") -> "NoReturn":
     if asked.config.off:
         execute(asked.qemu.path, plain_words(request, asked), request.environ)
     start = find_start(asked, request)
-    supervisor = fork_supervisor(start.identity, start.lease is not None)
+    supervisor = fork_supervisor(start.identity, "" if start.lease is None else start.lease.path)
     try:
         _carry_out(start, supervisor, request)
     except BaseException:
@@ -58,14 +58,16 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     from qemu_userns.sandbox.confine import confine, pass_fds
     from qemu_userns.sandbox.namespaces import NamespaceLimits, become, join
     from qemu_userns.sandbox.view import build_view, overlay_host
+    from qemu_userns.supervisor.state import build_state, write_state
 
     plan = make_plan(start, request)
     for refusal in plan.find_refusals():
         raise ResourceError(refusal.why, refusal.reason, refusal.hint)
-    opened = Opened(supervisor.note)
+    opened = Opened(plan.build_layout(), supervisor.note)
     try:
-        open_grants(plan, None if start.lease is None else start.lease.fd, opened)
+        open_grants(plan.grants, plan.identity, None if start.lease is None else start.lease.fd, opened)
         namespaces = supervisor.open_namespaces()
+        supervisor.hand_over([write_state(build_state(start, plan, opened)), *opened.served] if plan.needs_supervisor else ())
     except BaseException:
         opened.undo()
         raise
@@ -82,8 +84,8 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
         overlay_host(opened, plan.cwd, plan.host_tree == READ_ONLY_HOST)
     limits.forbid_all()
     confine(plan.confinement, plan.find_reopened_fds())
-    if supervisor.stays:
-        opened.take(os.dup(supervisor.request_fd), plan.find_number("supervisor"))
+    if plan.needs_supervisor:
+        opened.take(os.dup(supervisor.channel_fd), plan.find_number("supervisor"))
     pass_fds(opened.passed)
     supervisor.commit()
     execute(plan.program, plan.words, request.environ)

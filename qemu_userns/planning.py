@@ -3,11 +3,14 @@
 from qemu_userns.catalogue.needs import find_needs
 from qemu_userns.host.facts import look_at_host
 from qemu_userns.plan.build import Program, Settings, build_plan
+from qemu_userns.plan.rights import expand_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qemu_userns.cmdline.objects import CommandLine
+    from qemu_userns.host.config import Config
     from qemu_userns.plan.plan import Plan
     from qemu_userns.request import Request, Start
 
@@ -21,10 +24,19 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
     qemu, config, commandline = start.asked.qemu, start.asked.config, start.asked.commandline
     needs = find_needs(commandline)
     extra_dirs = (*qemu.library_dirs, *qemu.data_dirs, *_module_dirs(request.environ))
-    facts = look_at_host(needs, commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra_dirs)
+    extra = (*extra_dirs, *_places(config, commandline))
+    facts = look_at_host(needs, commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra)
     program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
-    settings = Settings(config.fs == "host", config.sandbox, "landlock" in config.require)
+    settings = Settings(
+        config.fs == "host", config.sandbox, "landlock" in config.require, config.sockets, config.monitors, config.passthrough
+    )
     return build_plan(request.argv[0], commandline, needs, facts, start.identity, program, settings, start.lease is not None)
+
+
+def _places(config: "Config", commandline: "CommandLine") -> "list[str]":
+    """Return where the settings want sockets."""
+    paths = (*(socket.path for socket in config.sockets), *filter(None, (config.passthrough,)))
+    return [place for path in paths if (place := expand_path(path, commandline.objects)) is not None]
 
 
 def _module_dirs(environ: "Mapping[str, str]") -> "list[str]":

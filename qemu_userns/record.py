@@ -9,6 +9,8 @@ Type checkers see it as a frozen dataclass (PEP 681).
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Self, dataclass_transform
+
+    Plain = None | bool | int | float | str | bytes | list["Plain"] | dict[str, "Plain"]
 else:
 
     def dataclass_transform(**_):  # noqa: ANN003, ANN201
@@ -65,3 +67,39 @@ class Record:
     def replace(self, **changes: "Any") -> "Self":  # noqa: ANN401
         """Return a copy with some fields changed."""
         return type(self)(**{**self.__dict__, **changes})
+
+
+def to_plain(value: object) -> "Plain":
+    """Return a value made of records and tuples as dicts and lists, which marshal and JSON take.
+
+    Raises:
+        TypeError: there is something else in it.
+    """
+    if isinstance(value, Record):
+        return {"is": type(value).__name__, **{name: to_plain(getattr(value, name)) for name in value._fields}}
+    if isinstance(value, tuple | list | frozenset):
+        return [to_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return value
+    raise TypeError(type(value).__name__)
+
+
+def from_plain(value: object, classes: "dict[str, type[Record]]") -> "Any":  # noqa: ANN401
+    """Return what `to_plain` was given; sets come back as tuples.
+
+    Args:
+        value: what `to_plain` returned.
+        classes: the records that may occur, by name.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    if isinstance(value, list):
+        return tuple(from_plain(item, classes) for item in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {str(name): from_plain(item, classes) for name, item in value.items()}
+    cls = classes.get(str(fields.pop("is", "")))
+    if cls is None or not fields.keys() <= cls._names:
+        raise ValueError(f"unknown record: {', '.join(fields)}")
+    return cls(**fields)

@@ -76,6 +76,10 @@ def probe_xattr() -> str | None:
     return None
 
 
+def probe_libvirt() -> str | None:
+    return try_command("/usr/sbin/libvirtd", "--version") or try_command("virsh", "--version")
+
+
 def probe_root() -> str | None:
     return None if os.geteuid() == 0 else f"{os.strerror(errno.EPERM)}: not root (scripts/test runs it as root too)"
 
@@ -94,6 +98,7 @@ PROBES: dict[str, tuple[str, Callable[[], str | None]]] = {
     "kvm": ("a usable /dev/kvm", probe_kvm),
     "strace": ("strace", probe_strace),
     "xattr": ("user xattrs in the folder for temporary files", probe_xattr),
+    "libvirt": ("libvirt's session daemon and virsh", probe_libvirt),
     "root": ("a root caller", probe_root),
 }
 

@@ -39,9 +39,11 @@ from qemu_userns.plan.grants import (
     KeepFd,
     Link,
     Listen,
+    Monitor,
     Node,
     OpenFd,
     Private,
+    QmpSocket,
     Refuse,
     Reserved,
 )
@@ -72,8 +74,8 @@ LEASED = Identity(600_000, 600_000, (), True, DIRECT, (MapEntry(0, 600_000, 6553
 class MadeUpPaths(dict[str, PathFact]):
     """The fact of every path, made when it is asked for."""
 
-    def __init__(self, root: bool) -> None:
-        super().__init__()
+    def __init__(self, root: bool, known: Mapping[str, PathFact] | None = None) -> None:
+        super().__init__(known or {})
         self._root = root
 
     def __missing__(self, path: str) -> PathFact:
@@ -139,12 +141,13 @@ def plan_of(
     environ: Mapping[str, str] | None = None,
     seccomp: bool = True,
     landlock_abi: int = 6,
+    paths: Mapping[str, PathFact] | None = None,
 ) -> Plan:
-    """Plan a command line for an unprivileged caller, or for root with leased ids."""
+    """Plan a command line for an unprivileged caller, or for root with leased ids; `paths` are those not as their names say."""
     commandline = read(*words, configs=configs)
     needs = find_needs(commandline)
     program = Program("/usr/bin/file-qemu", (7, 2, 22), seccomp, ())
-    facts = make_facts(root, fds, images, environ, landlock_abi)
+    facts = make_facts(root, fds, images, environ, landlock_abi).replace(paths=MadeUpPaths(root, paths))
     return build_plan("qemu", commandline, needs, facts, LEASED if root else USER, program, settings or Settings(), leased=root)
 
 
@@ -168,6 +171,10 @@ def brief(grant: Grant) -> str:
             return f"private {grant.path}"
         case CreateDir() | Listen() | Connect() | Node() | Copy():
             return f"{type(grant).__name__.lower()} {grant.path}"
+        case Monitor():
+            return f"monitor {grant.kind} {grant.given}".rstrip() + (" waits" if grant.wait else "")
+        case QmpSocket():
+            return f"socket {grant.path} for {grant.label}"
         case KeepFd():
             return f"fd {grant.number}" + (" reopened" if grant.reopened else "")
         case OpenFd():

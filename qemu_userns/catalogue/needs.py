@@ -2,17 +2,19 @@
 
 from qemu_userns.catalogue import ways
 from qemu_userns.catalogue.images import NamedPath, find_paths
-from qemu_userns.catalogue.rows import ROWS, Row
+from qemu_userns.catalogue.rows import ANY_ENTRY, ROWS, Row
 from qemu_userns.cmdline.chardev import LegacyChardev, parse_legacy
 from qemu_userns.cmdline.objects import Object, as_switch
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from qemu_userns.cmdline.objects import CommandLine
     from qemu_userns.cmdline.source import Member
+
+    Table = Mapping[str, list[Row]]
 
 
 class Need(Record):
@@ -23,25 +25,63 @@ class Need(Record):
     obj: Object
     member: "Member | None"
     row: Row
-    part: "NamedPath | None" = None  # IMAGE: where in the member's value the path stands
+    part: "NamedPath | None" = None  # where in the member's value it stands, if it is not all of it
     legacy: "LegacyChardev | None" = None  # the member is a character device in the old one-word language
+    command: str = ""  # the QMP command, if it is none of the command line's
 
     def describe(self) -> str:
-        """Name the word that asks: "-drive file", or "-kernel"."""
-        key = "" if self.member is None or self.member.key == "value" else f" {self.member.key}"
-        return f"-{self.obj.kind or 'disk'}{key}"
+        """Name the word that asks: "-drive file", "-kernel", or "blockdev-add filename"."""
+        key = "" if self.member is None or (self.member.key == "value" and not self.command) else f" {self.member.key}"
+        return f"{self.command or f'-{self.obj.kind}'}{key}"
+
+    @property
+    def listens(self) -> bool:
+        """Whether a socket is the server's end."""
+        return as_switch(self._get("server")) == "on"
+
+    @property
+    def reconnects(self) -> bool:
+        """Whether a socket that is connected to may be made later, or anew."""
+        return any(self._get(key) not in ("", "0") for key in ("reconnect", "reconnect-ms"))
+
+    def _get(self, key: str) -> str:
+        """Return a member of the character device that this need stands for."""
+        return (self.obj if self.legacy is None else self.legacy).get(key) or ""
+
+    def find_entries(self, names: "Iterable[str]") -> "tuple[str, ...]":
+        """Return the paths of those entries of the directory, out of `names`, that QEMU looks for."""
+        wanted = self.row.entries
+        return tuple(f"{self.path}/{name}" for name in names if ANY_ENTRY in wanted or name in wanted)
 
 
-_ROWS_BY_KIND: "dict[str, list[Row]]" = {}
-for _row in ROWS:
-    _ROWS_BY_KIND.setdefault(_row.kind, []).append(_row)
+# Where QEMU looks below a -L directory too; system/datadir.c.
+_DATA_FOLDERS = ("keymaps", "dtb")
+
+# What the schemes of an address lead to.
+_SCHEMES = {
+    ways.INCOMING: {"unix": ways.MADE, "fd": ways.FD, "file": ways.READ, "exec": ways.RUN},
+    ways.MIGRATE: {"unix": ways.SOCKET, "fd": ways.FD, "file": ways.WRITE, "exec": ways.RUN},
+    ways.DUMP: {"fd": ways.FD, "file": ways.WRITE},
+    ways.VNC: {"unix": ways.MADE},
+}
+
+
+def index_rows(rows: "Iterable[Row]") -> "Table":
+    """Return rows by the kind of object that they are about."""
+    table: "dict[str, list[Row]]" = {}
+    for row in rows:
+        table.setdefault(row.kind, []).append(row)
+    return table
+
+
+_TABLE = index_rows(ROWS)
 
 
 def find_needs(commandline: "CommandLine") -> "tuple[Need, ...]":
     """Return the needs of all objects, in their order, and of options without a value."""
-    needs = [need for obj in commandline.objects for need in _find_object_needs(obj)]
+    needs = [need for obj in commandline.objects for need in find_object_needs(obj)]
     for index, option in enumerate(commandline.options):
-        if option.value_index is None and option.name in _ROWS_BY_KIND:
+        if option.value_index is None and option.name in _TABLE:
             flag = Object(option.name, None, (), option.index, 0, 0, "word", index)
             row = find_row(flag, "")
             if row is not None:
@@ -49,9 +89,9 @@ def find_needs(commandline: "CommandLine") -> "tuple[Need, ...]":
     return tuple(needs)
 
 
-def find_row(obj: Object, key: str) -> "Row | None":
+def find_row(obj: Object, key: str, table: "Table" = _TABLE) -> "Row | None":
     """Return the first row that applies to a member of an object."""
-    rows: "list[Row]" = _ROWS_BY_KIND.get(obj.kind, []) + _ROWS_BY_KIND["*"]
+    rows: "tuple[Row, ...]" = (*table.get(obj.kind, ()), *table["*"])
     for row in rows:
         outer = _match(row.key, key)
         if outer is not None and all((as_switch(obj.get(outer + name)) or "") in values for name, values in row.when):
@@ -69,10 +109,10 @@ def _match(pattern: str, key: str) -> "str | None":
     return key.removesuffix(inner) if key.endswith(f".{inner}") else None
 
 
-def _find_object_needs(obj: Object) -> "Iterator[Need]":
+def find_object_needs(obj: Object, table: "Table" = _TABLE) -> "Iterator[Need]":
     """Yield what one object needs; of a member that is given twice, the last one counts."""
     for key in dict.fromkeys(member.key for member in obj.members):
-        row = find_row(obj, key)
+        row = find_row(obj, key, table)
         member = obj.find(key)
         if row is not None and member is not None:
             yield from _expand(Need(row.way, member.value, obj, member, row))
@@ -80,24 +120,28 @@ def _find_object_needs(obj: Object) -> "Iterator[Need]":
 
 def _expand(need: Need) -> "Iterator[Need]":
     """Split a need whose value names several things, or names them in a language of its own."""
+    if need.path.startswith("/dev/fdset/"):  # nothing of the host's: QEMU looks in the sets that -add-fd and add-fd made
+        return
     match need.way:
         case ways.IMAGE if need.member is not None and need.member.key.rpartition(".")[2] == "filename":
-            if not need.path.startswith("/dev/fdset/"):  # a protocol node's own name, in which a colon means nothing
-                yield need
+            yield need  # a protocol node's own name, in which a colon means nothing
         case ways.IMAGE:
             for part in find_paths(need.path):
                 yield need.replace(way=part.way, path=part.path, part=part)
+        case ways.NEW_IMAGE:
+            for part in find_paths(need.path):
+                yield need.replace(way=ways.WRITE if part.way == ways.IMAGE else part.way, path=part.path, part=part)
+        case ways.DIRECTORY if need.obj.kind == "L":
+            if need.path != "help":
+                yield from (need, *(need.replace(path=f"{need.path}/{name}") for name in _DATA_FOLDERS))
         case ways.READ_LIST:
             yield from (need.replace(way=ways.READ, path=path) for path in need.path.split(":") if path)
         case ways.FDS:
-            yield from (need.replace(way=ways.FD, path=number) for number in need.path.split(":"))
+            yield from _expand_list(need)
         case ways.KVM:
             yield from (need for name in need.path.split(":") if name == "kvm")
-        case ways.VNC:
-            if need.path.startswith("unix:"):
-                yield need.replace(way=ways.MADE, path=need.path[len("unix:") :])
-        case ways.INCOMING:
-            yield from _expand_incoming(need)
+        case ways.INCOMING | ways.MIGRATE | ways.DUMP | ways.VNC:
+            yield from _expand_address(need)
         case ways.CHARDEV:
             yield from _expand_chardev(need)
         case _:
@@ -105,12 +149,25 @@ def _expand(need: Need) -> "Iterator[Need]":
                 yield need
 
 
-def _expand_incoming(need: Need) -> "Iterator[Need]":
-    """Split a migration address."""
-    scheme, _, rest = need.path.partition(":")
-    way = {"unix": ways.MADE, "fd": ways.FD, "file": ways.READ}.get(scheme)
-    if way is not None:
-        yield need.replace(way=way, path=rest.partition(",")[0] if scheme == "file" else rest)
+def _expand_list(need: Need) -> "Iterator[Need]":
+    """Split a list of fds."""
+    start = 0
+    for name in need.path.split(":"):
+        yield need.replace(way=ways.FD, path=name, part=NamedPath(name, ways.FD, start, start + len(name)))
+        start += len(name) + 1
+
+
+def _expand_address(need: Need) -> "Iterator[Need]":
+    """Read an address that begins with a scheme: of a migration, a dump, a display."""
+    scheme, colon, rest = need.path.partition(":")
+    way = _SCHEMES[need.way].get(scheme)
+    if way is None or not colon or not rest:
+        return
+    path, offset, _ = rest.partition(",offset=") if scheme == "file" and need.way != ways.DUMP else (rest, "", "")
+    if offset and way == ways.WRITE:
+        way = ways.APPEND
+    start = len(scheme) + 1
+    yield need.replace(way=way, path=path, part=NamedPath(path, way, start, start + len(path)))
 
 
 def _expand_chardev(need: Need) -> "Iterator[Need]":
@@ -120,5 +177,5 @@ def _expand_chardev(need: Need) -> "Iterator[Need]":
         return
     members = tuple(need.member.replace(key=key, value=value) for key, value in (("backend", legacy.backend), *legacy.members))
     chardev = need.obj.replace(kind="chardev", members=members)
-    for inner in _find_object_needs(chardev):
+    for inner in find_object_needs(chardev):
         yield inner.replace(obj=need.obj, member=need.member, legacy=legacy)

@@ -11,6 +11,8 @@ Source: QEMU's qemu-options.hx and qapi/*.json, 7.2 to 11.0.
 from qemu_userns.catalogue import ways
 from qemu_userns.record import Record
 
+ANY_ENTRY = "*"
+
 
 class Row(Record):
     """One member of one kind of object that names a host resource."""
@@ -21,6 +23,7 @@ class Row(Record):
     when: "tuple[tuple[str, tuple[str, ...]], ...]" = ()
     reason: str = ""  # of REFUSE and CONSUME
     hint: str = ""
+    entries: "tuple[str, ...]" = ()  # of DIRECTORY: the names that QEMU looks for in it, or ANY_ENTRY
 
 
 def _with_values(kinds: str, way: str) -> "tuple[Row, ...]":
@@ -37,6 +40,22 @@ _PROXY = Row(
     "use fsdriver local with a path and security_model=mapped-xattr or passthrough",
 )
 _QOM_TYPES_WITH_FILE = ("secret", "sev-guest", "igvm-cfg")
+
+
+def _list_certificates(end: str) -> "tuple[str, ...]":
+    """Return the names of certificates and keys of one end; the numbered ones are those of newer QEMUs."""
+    return tuple(f"{end}-{what}{number}.pem" for number in ("", "-0", "-1", "-2", "-3") for what in ("cert", "key"))
+
+
+_AS_SERVER, _AS_CLIENT = ("endpoint", ("server",)), ("endpoint", ("client", ""))
+# What QEMU opens in the directory of a tls-creds object; crypto/tlscreds*.c.
+_CREDENTIALS = (
+    ("tls-creds-x509", _AS_SERVER, ("ca-cert.pem", "ca-crl.pem", "dh-params.pem", *_list_certificates("server"))),
+    ("tls-creds-x509", _AS_CLIENT, ("ca-cert.pem", *_list_certificates("client"))),
+    ("tls-creds-psk", _AS_SERVER, ("dh-params.pem", "keys.psk")),
+    ("tls-creds-psk", _AS_CLIENT, ("keys.psk",)),
+    ("tls-creds-anon", _AS_SERVER, ("dh-params.pem",)),
+)
 
 ROWS: "tuple[Row, ...]" = (
     # Kernels, firmware and tables
@@ -61,7 +80,7 @@ ROWS: "tuple[Row, ...]" = (
     Row("device", "sdrfile", ways.READ),
     Row("device", "frudatafile", ways.READ),
     Row("device", "cdat", ways.READ),
-    Row("L", "value", ways.DIRECTORY),
+    Row("L", "value", ways.DIRECTORY, entries=(ANY_ENTRY,)),
     Row("plugin", "file", ways.READ),
     Row("readconfig", "value", ways.CONFIG),
     # Block devices
@@ -79,6 +98,10 @@ ROWS: "tuple[Row, ...]" = (
     Row("drive", "**.server.path", ways.SOCKET),
     Row("blockdev", "**.path", ways.SOCKET, (("driver", ("nbd",)),)),
     Row("drive", "**.path", ways.SOCKET, (("driver", ("nbd",)),)),
+    Row("blockdev", "**.server.0.path", ways.SOCKET, (("driver", ("gluster",)),)),
+    Row("blockdev", "**.logfile", ways.APPEND, (("driver", ("gluster",)),)),
+    Row("blockdev", "**.path", ways.SOCKET, (("driver", ("virtio-blk-vhost-user",)),)),
+    Row("blockdev", "**.path", ways.DEVICE, (("driver", ("virtio-blk-vhost-vdpa", "nvme-io_uring")),)),
     Row("iscsi", "initiator-name-file", ways.READ),
     # Memory
     *_with_values("mem-path", ways.MEMORY),
@@ -107,15 +130,23 @@ ROWS: "tuple[Row, ...]" = (
     Row("object", "file", ways.WRITE, (("qom-type", ("filter-dump",)),)),
     # Secrets, certificates, access lists
     Row("object", "file", ways.READ, (("qom-type", _QOM_TYPES_WITH_FILE),)),
+    *(
+        Row("object", "dir", ways.DIRECTORY, (("qom-type", (qom_type,)), endpoint), entries=entries)
+        for qom_type, endpoint, entries in _CREDENTIALS
+    ),
     Row("object", "dir", ways.DIRECTORY),
-    Row("object", "filename", ways.READ, (("qom-type", ("authz-list-file",)),)),
+    Row("object", "filename", ways.READ, (("qom-type", ("authz-list-file", "authz-listfile")),)),
     Row("object", "filename", ways.DEVICE, (("qom-type", ("rng-random",)),)),
     Row("object", "evdev", ways.DEVICE),
     Row("object", "dh-cert-file", ways.READ),
     Row("object", "session-file", ways.READ),
     Row("object", "path", ways.SOCKET, (("qom-type", ("pr-manager-helper",)),)),
+    Row("object", "socket.path", ways.LISTEN, (("qom-type", ("x-vfio-user-server",)),)),
+    Row("object", "quote-generation-socket.path", ways.SOCKET),
+    Row("object", "sev-device", ways.DEVICE),
+    Row("object", "log", ways.WRITE, (("qom-type", ("qtest",)),)),
     # Displays
-    Row("spice", "x509-dir", ways.DIRECTORY),
+    Row("spice", "x509-dir", ways.DIRECTORY, entries=("ca-cert.pem", "server-cert.pem", "server-key.pem")),
     *(Row("spice", f"x509-{name}-file", ways.READ) for name in ("key", "cert", "cacert", "dh-key")),
     Row("spice", "addr", ways.MADE, (("unix", ("on",)),)),
     Row("vnc", "vnc", ways.VNC),
@@ -132,10 +163,11 @@ ROWS: "tuple[Row, ...]" = (
     Row("nic", "tftp", ways.DIRECTORY),
     Row("net", "smb", ways.WRITE_DIRECTORY),
     Row("net", "tftp", ways.DIRECTORY),
-    Row("netdev", "addr.path", ways.MADE, (("type", ("stream",)), ("server", ("on",)), ("addr.abstract", ("", "off")))),
+    Row("netdev", "addr.path", ways.LISTEN, (("type", ("stream",)), ("server", ("on",)), ("addr.abstract", ("", "off")))),
     Row("netdev", "addr.path", ways.SOCKET, (("type", ("stream",)), ("server", ("", "off")), ("addr.abstract", ("", "off")))),
     Row("netdev", "local.path", ways.MADE, (("type", ("dgram",)),)),
     Row("netdev", "remote.path", ways.SOCKET, (("type", ("dgram",)),)),
+    Row("netdev", "sock", ways.WRITE_DIRECTORY, (("type", ("vde",)),)),
     # Devices
     Row("tpmdev", "path", ways.DEVICE),
     Row("tpmdev", "cancel-path", ways.WRITE),

@@ -20,13 +20,18 @@ _USAGE = """\
 usage: qemu-userns run [--KEY=VALUE...] [--] qemu-system-ARCH [QEMU's arguments]
        qemu-userns explain [--json] [--KEY=VALUE...] [--] qemu-system-ARCH [QEMU's arguments]
        qemu-userns install DIR
+       qemu-userns ps [--json]
+       qemu-userns qmp [--compact] [--events] [--pass-fd N] (VM | --socket PATH) [COMMAND [KEY=VALUE...]]
        qemu-userns --version | --help
 
 run      start QEMU in its own user and mount namespace, becoming it
 explain  print what run would do, and do nothing
 install  put a drop-in for every qemu-system-* of this host into DIR
+ps       list the caller's VMs that have a QMP monitor
+qmp      send a command to a VM (name, uuid or pid) and print the reply; without one a shell; with --events its events
 
-KEY=VALUE: fs=view|host, sandbox=auto|off|VALUE, require=landlock, idmap=MAP, pool=START-END, qemu=PATH, off=on
+KEY=VALUE: fs=view|host, sandbox=auto|off|VALUE, require=landlock, idmap=MAP, pool=START-END, qemu=PATH, off=on,
+  qmp=PATH (a QMP socket more; may be repeated), passthrough=PATH (a monitor that QEMU serves by itself)
 """
 
 
@@ -56,6 +61,14 @@ def _main(words: "list[str]") -> int:
     elif command == "install" and len(rest) == 1:
         for name in install(rest[0], os.environ.get("PATH", os.defpath)):
             print(os.path.join(rest[0], name))
+    elif command == "ps" and rest in ([], ["--json"]):
+        from qemu_userns.cli.ps import ps
+
+        return ps(bool(rest))
+    elif command == "qmp":
+        from qemu_userns.cli.qmp import qmp
+
+        return qmp(rest)
     else:
         raise UsageError(" ".join(words), "not understood", "qemu-userns --help lists the commands")
     return 0

@@ -168,6 +168,16 @@ def _read_string(text: str, start: int) -> _Token:
         value.append(char)
 
 
+def find_characters(text: str, start: int) -> "list[int]":
+    """Return where each character of the string that starts at `start` is spelled, and where its closing quote stands."""
+    places: "list[int]" = []
+    position = start + 1
+    while text[position] != text[start]:
+        places.append(position)
+        position = _read_escape(text, position + 1)[1] if text[position] == "\\" else position + 1
+    return [*places, position]
+
+
 def _read_escape(text: str, position: int) -> "tuple[str, int]":
     """Read what stands behind a backslash."""
     char = text[position : position + 1]

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from qemu_userns.errors import QemuUsernsError, format_error, printable
+from qemu_userns.errors import QemuUsernsError, describe_bug, format_error, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,12 +34,6 @@ def _print(text: str) -> None:
         return
 
 
-def _report_bug(kind: "type[BaseException]", error: BaseException, _: "TracebackType | None") -> None:
+def _report_bug(_kind: "type[BaseException]", error: BaseException, _: "TracebackType | None") -> None:
     """Say in one line what no other error said, and where."""
-    at, line = "", 0
-    trace = error.__traceback__
-    while trace is not None:
-        at, line = os.path.basename(trace.tb_frame.f_code.co_filename), trace.tb_lineno
-        trace = trace.tb_next
-    what = f"internal error: {kind.__name__} at {at}:{line}"
-    _print(f"qemu-userns: {what}: {printable(str(error))}\nhint: please report this line\n")
+    _print(f"qemu-userns: {describe_bug(error)}\nhint: please report this line\n")

@@ -1,7 +1,7 @@
 """Our own settings: /etc/qemu-userns/config.toml, then the user's config.toml, then `-userns` or `qemu-userns run --key=value`.
 
-Each later place overrides the earlier ones key by key; only the table `qemu` is joined. What reads and checks them (settings.py)
-is loaded only where there are any.
+Each later place overrides the earlier ones key by key; only the table `qemu` is joined, and `qmp` adds.
+What reads and checks them (settings.py) is loaded only where there are any.
 """
 
 import os
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from qemu_userns.host.subids import IdMapEntry, IdRange
+    from qemu_userns.plan.rights import MonitorRights, SocketRights
 
 SYSTEM_CONFIG = "/etc/qemu-userns/config.toml"
 
@@ -27,6 +28,9 @@ class Config(Record):
     sandbox: str = "auto"  # or "off", or the value of QEMU's -sandbox
     require: "tuple[str, ...]" = ()  # what must not be missing: "landlock"
     off: bool = False  # the real QEMU is executed as it is
+    sockets: "tuple[SocketRights, ...]" = ()  # QMP sockets of ours, in addition to the command line's
+    monitors: "tuple[MonitorRights, ...]" = ()  # what clients of the command line's QMP monitors may do
+    passthrough: str = ""  # path of a socket of QEMU's own monitor; may hold %n, %u and %%
 
 
 def config_paths(environ: "Mapping[str, str]") -> "tuple[str, ...]":
@@ -61,7 +65,7 @@ def parse_userns_option(pairs: "Iterable[tuple[str, str]]", config: Config, wher
     """Override settings from the command line.
 
     Args:
-        pairs: keys and values; `idmap` and `require` may be repeated, `off` may have an empty value.
+        pairs: keys and values; `idmap`, `require` and `qmp` may be repeated, `off` may have an empty value.
         config: the settings so far.
         where: the option, for errors.
 

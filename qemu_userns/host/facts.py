@@ -11,7 +11,7 @@ from qemu_userns.host.paths import PathWalker
 from qemu_userns.linux.landlock import probe_landlock
 from qemu_userns.linux.seccomp import knows_machine
 from qemu_userns.plan.base import BASE, KVM, PTMX
-from qemu_userns.plan.facts import BLOCK, REGULAR, HostFacts, ImageFact, PathFact, directory_of
+from qemu_userns.plan.facts import BLOCK, DIRECTORY, REGULAR, HostFacts, ImageFact, PathFact, directory_of
 from qemu_userns.plan.grants import READ, SEARCH
 
 TYPE_CHECKING = False
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qemu_userns.plan.identity import Identity
 
 _XATTR = "user.virtfs.qemu-userns"
-_NOT_PATHS = (ways.FD, ways.CONSUME, ways.REFUSE, ways.KVM)
+_NOT_PATHS = (ways.FD, ways.NAME, ways.RUN, ways.CONSUME, ways.REFUSE, ways.KVM)
 
 
 def look_at_host(
@@ -34,7 +34,7 @@ def look_at_host(
     identity: "Identity",
     environ: "Mapping[str, str]",
     program: str,
-    extra_dirs: "Iterable[str]",
+    extra: "Iterable[str]",
 ) -> HostFacts:
     """Look up every path that the needs name, the headers of images, and what every view holds.
 
@@ -45,7 +45,7 @@ def look_at_host(
         identity: with whose rights it follows what only an image's header names.
         environ: the caller's.
         program: path of the real QEMU.
-        extra_dirs: directories that this QEMU needs besides the system's.
+        extra: directories that this QEMU needs besides the system's, and where the settings want sockets.
     """
     walker = PathWalker(caller.cwd, caller.root)
     paths: "dict[str, PathFact]" = {}
@@ -61,11 +61,15 @@ def look_at_host(
             for path in _candidates(need):
                 fact = look(path)
             _look_closer(need, fact, paths)
+            if need.row.entries and fact.kind == DIRECTORY and fact.fd is None:
+                paths[need.path] = fact.replace(entries=_find_entries(fact.real, caller, identity))
+            for path in need.find_entries(paths[need.path].entries):
+                look(path)
             if need.way == ways.IMAGE and fact.kind in (REGULAR, BLOCK) and fact.readable and fact.fd is None:
                 images[need.path] = _look_at_chain(need, objects, _reader(caller, identity))
                 for image in images[need.path]:
                     look(image.path)
-    for path in (program, PTMX, KVM, *extra_dirs, *_temporary(environ)):
+    for path in (program, PTMX, KVM, *extra, *_temporary(environ)):
         look(path)
     base = tuple(walker.look(entry.path, to_write=False) for entry in BASE)
     return HostFacts(caller, paths, images, base, environ, probe_landlock(), knows_machine())
@@ -75,7 +79,7 @@ def _candidates(need: "Need") -> "tuple[str, ...]":
     """Return the paths that QEMU may mean; the last one is the plain reading."""
     if need.way == ways.PIPE:
         return (f"{need.path}.in", f"{need.path}.out", need.path)
-    if need.way in (ways.MADE, ways.SOCKET, ways.WRITE):
+    if need.way in (ways.MADE, ways.SOCKET, ways.LISTEN, ways.WRITE):
         return (directory_of(need.path), need.path)
     if need.way == ways.READ_MODULES:
         return (*(module.partition(" ")[0] for module in need.path.split(",")), need.path)
@@ -93,6 +97,22 @@ def _look_closer(need: "Need", fact: PathFact, paths: "dict[str, PathFact]") -> 
         paths[need.path] = fact.replace(xattrs=_probe_xattrs(fact.real))
     elif need.way == ways.PIDFILE and fact.kind == REGULAR and fact.fd is None:
         paths[need.path] = fact.replace(locked=_probe_lock(fact.real))
+
+
+def _find_entries(directory: str, caller: "Caller", identity: "Identity") -> "tuple[str, ...]":
+    """Return the entries that a bind of the directory does not serve: symlinks, and files of root's that QEMU may not read."""
+    try:
+        with os.scandir(directory) as entries:
+            found = [entry.name for entry in entries if entry.is_symlink() or (caller.root and not _may_read(entry, identity))]
+    except OSError:
+        return ()
+    return tuple(sorted(found))
+
+
+def _may_read(entry: "os.DirEntry[str]", identity: "Identity") -> bool:
+    """Say whether QEMU may read an entry with its own rights."""
+    found = entry.stat(follow_symlinks=False)
+    return identity.may(found.st_mode, found.st_uid, found.st_gid, READ)
 
 
 def _probe_xattrs(path: str) -> bool:

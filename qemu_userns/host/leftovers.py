@@ -35,16 +35,14 @@ def decode(text: str) -> Leftover:
 def hold(item: Leftover) -> None:
     """Keep the inode of a file that is there from being given to another one, for as long as this process lives.
 
-    File systems hand out a number again as soon as it is free, and the next VM may have the same paths. The fd is inherited.
+    File systems hand out a number again as soon as it is free, and the next VM may have the same paths.
     """
     try:
-        fd = os.open(item.path, os.O_PATH | os.O_NOFOLLOW)
+        fd = os.open(item.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return  # gone already
     found = os.fstat(fd)
-    if (found.st_dev, found.st_ino) == item.inode:
-        os.set_inheritable(fd, True)
-    else:
+    if (found.st_dev, found.st_ino) != item.inode:
         os.close(fd)
 
 

@@ -8,16 +8,31 @@ from qemu_userns.errors import ResourceError
 from qemu_userns.host.idmap import map_mount
 from qemu_userns.host.leftovers import Leftover, remove
 from qemu_userns.host.paths import find_fd
-from qemu_userns.host.realpath import Parent, is_trusted, open_real
+from qemu_userns.host.realpath import Parent, check_inode, open_real
+from qemu_userns.host.sockets import open_socket
 from qemu_userns.linux import mount
-from qemu_userns.plan.grants import Bind, Connect, Create, CreateDir, Grant, KeepFd, Listen, Node, OpenFd, Reserved
+from qemu_userns.plan.grants import (
+    Bind,
+    Connect,
+    Create,
+    CreateDir,
+    Grant,
+    KeepFd,
+    Listen,
+    Monitor,
+    Node,
+    OpenFd,
+    QmpSocket,
+    Reserved,
+    Run,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from qemu_userns.plan.identity import Identity
     from qemu_userns.plan.layout import Placed
-    from qemu_userns.plan.plan import Plan
 
 _COPY_SIZE_BYTES = 1 << 20
 
@@ -25,14 +40,20 @@ _COPY_SIZE_BYTES = 1 << 20
 class Opened:
     """What is open for a launch."""
 
-    def __init__(self, tell: "Callable[[Leftover], None]") -> None:
-        """Start with nothing; `tell` is told of each file that is created."""
-        self.layout: "tuple[Placed, ...]" = ()
+    def __init__(self, layout: "tuple[Placed, ...]", tell: "Callable[[Leftover], None]") -> None:
+        """Start with nothing.
+
+        Args:
+            layout: what is to be placed in the view.
+            tell: told of each file that is created.
+        """
+        self.layout = layout
         self.sources: "dict[str, int]" = {}  # owned fds of detached mounts made outside, by path in the view
         self.inodes: "dict[str, tuple[int, int]]" = {}  # of what was created, by its path on the host
         self.places: "dict[str, str]" = {}  # where on the host a path of the view lies, if elsewhere
         self.nodes_fd: "int | None" = None  # owned: detached tmpfs with device nodes
         self.passed: "list[int]" = []  # numbers of fds that QEMU gets
+        self.served: "list[int]" = []  # owned fds for the supervisor: public end and way in of each Monitor, QmpSockets
         self.leftovers: "list[Leftover]" = []
         self._tell = tell
 
@@ -54,35 +75,49 @@ class Opened:
         remove(self.leftovers)
 
 
-def open_grants(plan: "Plan", lease_fd: "int | None", opened: Opened) -> None:
-    """Open everything that the plan grants.
+def open_grants(grants: "Iterable[Grant]", identity: "Identity", lease_fd: "int | None", opened: Opened) -> None:
+    """Open everything that a plan grants.
 
     Should: run with the caller's rights, root's if it is root.
     Must not: open what only an image's header or a guest names; the plan has no such grant.
 
     Args:
-        plan: what to open.
+        grants: what to open.
+        identity: QEMU's, who gets what is created.
         lease_fd: the lock of the leased ids, borrowed; None without a lease.
         opened: filled as things are opened, so that the caller can undo a part of it.
 
     Raises:
         ResourceError: something cannot be opened or is not what the plan saw.
     """
-    opened.layout = plan.build_layout()
-    for grant in plan.grants:
+    for grant in grants:
         try:
-            _open(grant, plan, lease_fd, opened)
+            _open(grant, identity, lease_fd, opened)
         except OSError as err:
             raise ResourceError(f"{grant.why}: {getattr(grant, 'path', '')}", err.strerror or str(err)) from err
-    if plan.identity.switch:
-        _make_nodes(plan, opened)
-        for placed in opened.layout:
-            if isinstance(placed, Bind | Create | CreateDir):
-                path = opened.places.get(placed.path, placed.path)
-                fd = clone_bind(path, placed.inode if isinstance(placed, Bind) else opened.inodes.get(path))
-                if isinstance(placed, Bind) and placed.owner is not None:
-                    map_mount(fd, placed.owner, (plan.identity.uid, plan.identity.gid), placed.path)
-                opened.sources[placed.path] = fd
+    if identity.switch:
+        open_sources(identity, opened)
+
+
+def open_sources(identity: "Identity", opened: Opened) -> None:
+    """Make root's detached mounts of what the layout shows: QEMU's id may not be able to walk there, nor make device nodes.
+
+    Should: run as root, outside.
+    Must not: leave a mount in a peer group of the host's, where what is mounted below it in the view would show up.
+
+    Raises:
+        ResourceError: a path cannot be copied, or is no longer what the plan saw.
+        HostError: a file system cannot be idmapped.
+    """
+    _make_nodes(identity, opened)
+    for placed in opened.layout:
+        if isinstance(placed, Bind | Create | CreateDir):
+            path = opened.places.get(placed.path, placed.path)
+            fd = clone_bind(path, placed.inode if isinstance(placed, Bind) else opened.inodes.get(path))
+            mount.mount_setattr(fd, "", mount.AT_EMPTY_PATH | mount.AT_RECURSIVE, 0, propagation=mount.MS_SLAVE)
+            if isinstance(placed, Bind) and placed.owner is not None:
+                map_mount(fd, placed.owner, (identity.uid, identity.gid), placed.path)
+            opened.sources[placed.path] = fd
 
 
 def clone_bind(path: str, inode: "tuple[int, int] | None") -> int:
@@ -106,11 +141,11 @@ def clone_bind(path: str, inode: "tuple[int, int] | None") -> int:
     except OSError as err:
         raise ResourceError(f"cannot show {path} to QEMU", err.strerror or str(err)) from err
     if inode is not None:
-        _check_inode(os.fstat(fd), inode, path)
+        check_inode(os.fstat(fd), inode, path)
     return fd
 
 
-def _open(grant: Grant, plan: "Plan", lease_fd: "int | None", opened: Opened) -> None:
+def _open(grant: Grant, identity: "Identity", lease_fd: "int | None", opened: Opened) -> None:
     """Open what one grant gives, if it is not a matter of the view alone."""
     match grant:
         case KeepFd():
@@ -129,13 +164,15 @@ def _open(grant: Grant, plan: "Plan", lease_fd: "int | None", opened: Opened) ->
             os.write(memory, os.fsencode(text))
             opened.take(memory, grant.number)
         case Create():
-            _create(grant, plan, opened)
+            _create(grant, identity, opened)
         case CreateDir():
-            _create_directory(grant, plan, opened)
-        case Listen():
-            _listen(grant, plan, opened)
-        case Connect():
-            _connect(grant, opened)
+            _create_directory(grant, identity, opened)
+        case Run():
+            from qemu_userns.host.programs import open_program
+
+            opened.take(open_program(grant.argv), grant.number)
+        case Listen() | Connect() | Monitor() | QmpSocket():
+            open_socket(grant, identity.switch, opened)
 
 
 def _open_checked(grant: OpenFd) -> int:
@@ -143,7 +180,7 @@ def _open_checked(grant: OpenFd) -> int:
     flags = grant.flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     fd = os.open(grant.path, flags) if find_fd(grant.path) is not None else open_real(grant.path, flags)
     found = os.fstat(fd)
-    _check_inode(found, grant.inode, grant.path)
+    check_inode(found, grant.inode, grant.path)
     if not stat.S_ISREG(found.st_mode):
         raise ResourceError(grant.path, "is not a regular file")
     os.set_blocking(fd, True)
@@ -160,14 +197,14 @@ def _copy_fd(number: int) -> int:
     return copy
 
 
-def _create(grant: Create, plan: "Plan", opened: Opened) -> None:
+def _create(grant: Create, identity: "Identity", opened: Opened) -> None:
     """Create an empty file for QEMU, or note that the one that is there stays."""
     with Parent(grant.path) as parent:
         if grant.overwrites is not None:
-            _check_inode(parent.status(), grant.overwrites, grant.path)
+            check_inode(parent.status(), grant.overwrites, grant.path)
             os.unlink(parent.name, dir_fd=parent.fd)
         try:
-            _link_new_file(parent, grant, plan, opened)
+            _link_new_file(parent, grant, identity, opened)
         except FileExistsError:
             found = parent.status()
             if not stat.S_ISREG(found.st_mode):
@@ -176,7 +213,7 @@ def _create(grant: Create, plan: "Plan", opened: Opened) -> None:
                 opened.created(grant.path, found, True)
 
 
-def _link_new_file(parent: Parent, grant: Create, plan: "Plan", opened: Opened) -> None:
+def _link_new_file(parent: Parent, grant: Create, identity: "Identity", opened: Opened) -> None:
     """Make a file without a name, tell the supervisor of it, and only then give it its name: open(2), O_TMPFILE.
 
     So a launch that is killed at any point leaves no file that nobody knows of. Where the file system has no such files (NFS)
@@ -192,64 +229,25 @@ def _link_new_file(parent: Parent, grant: Create, plan: "Plan", opened: Opened) 
         fd = os.open(parent.name, flags, grant.mode, dir_fd=parent.fd)
         named = True
     opened.created(grant.path, os.fstat(fd), grant.temporary)
-    if plan.identity.switch:
-        os.fchown(fd, plan.identity.uid, plan.identity.gid)
+    if identity.switch:
+        os.fchown(fd, identity.uid, identity.gid)
     if not named:
         os.link(f"/proc/self/fd/{fd}", parent.name, dst_dir_fd=parent.fd, follow_symlinks=True)
     os.close(fd)
 
 
-def _create_directory(grant: CreateDir, plan: "Plan", opened: Opened) -> None:
+def _create_directory(grant: CreateDir, identity: "Identity", opened: Opened) -> None:
     """Create a directory of the VM's own below one of the host's."""
     place = f"{grant.path}/qemu-userns.{os.urandom(8).hex()}"
     with Parent(place) as parent:
         os.mkdir(parent.name, 0o700, dir_fd=parent.fd)
         opened.created(place, parent.status(), True)
-        if plan.identity.switch:
-            os.chown(parent.name, plan.identity.uid, plan.identity.gid, dir_fd=parent.fd, follow_symlinks=False)
+        if identity.switch:
+            os.chown(parent.name, identity.uid, identity.gid, dir_fd=parent.fd, follow_symlinks=False)
     opened.places[grant.path] = place
 
 
-def _listen(grant: Listen, plan: "Plan", opened: Opened) -> None:
-    """Bind and listen as QEMU does: what is at the path goes, mode and owner are the umask's and the caller's.
-
-    The address is the caller's own spelling, since QEMU reports it, unless root would follow it through a directory in which
-    somebody else could put a symlink meanwhile.
-    """
-    import _socket
-
-    socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    with Parent(grant.path) as parent:
-        try:
-            os.unlink(parent.name, dir_fd=parent.fd)
-        except FileNotFoundError:
-            pass
-        trusted = not plan.identity.switch or is_trusted(os.path.dirname(grant.path))
-        socket.bind(os.fsencode(grant.given if trusted else parent.path))
-        opened.created(grant.path, parent.status(), True)
-    socket.listen(1)
-    opened.take(socket.detach(), grant.number)
-
-
-def _connect(grant: Connect, opened: Opened) -> None:
-    """Connect to a socket that QEMU's id may not connect to."""
-    import _socket
-
-    socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    place = open_real(grant.path, os.O_PATH | os.O_NOFOLLOW)
-    _check_inode(os.fstat(place), grant.inode, grant.path)
-    socket.connect(f"/proc/self/fd/{place}")
-    os.close(place)
-    opened.take(socket.detach(), grant.number)
-
-
-def _check_inode(found: os.stat_result, planned: "tuple[int, int]", path: str) -> None:
-    """Stop when something else is at a path than what the plan saw."""
-    if (found.st_dev, found.st_ino) != planned:
-        raise ResourceError(path, "it was replaced while QEMU was being started")
-
-
-def _make_nodes(plan: "Plan", opened: Opened) -> None:
+def _make_nodes(identity: "Identity", opened: Opened) -> None:
     """Make the device nodes of the plan on a tmpfs that root mounts, where devices work inside the namespace too."""
     nodes = [placed for placed in opened.layout if isinstance(placed, Node)]
     if not nodes:
@@ -262,4 +260,4 @@ def _make_nodes(plan: "Plan", opened: Opened) -> None:
     for node in nodes:
         name = node.path.replace("/", "!")
         os.mknod(name, (stat.S_IFBLK if node.block else stat.S_IFCHR) | 0o600, node.device, dir_fd=opened.nodes_fd)
-        os.chown(name, plan.identity.uid, plan.identity.gid, dir_fd=opened.nodes_fd)
+        os.chown(name, identity.uid, identity.gid, dir_fd=opened.nodes_fd)

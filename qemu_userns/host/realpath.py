@@ -9,6 +9,7 @@ Source: openat2(2), RESOLVE_NO_SYMLINKS, Linux 5.6.
 import os
 import stat
 
+from qemu_userns.errors import ResourceError
 from qemu_userns.linux import mount
 
 _STRICT = mount.RESOLVE_NO_SYMLINKS | mount.RESOLVE_NO_MAGICLINKS
@@ -28,6 +29,12 @@ def open_real(path: str, flags: int) -> int:
         OSError: ELOOP when a symlink is on the way now, and those of open(2).
     """
     return mount.openat2(mount.AT_FDCWD, path, flags, _STRICT)
+
+
+def check_inode(found: os.stat_result, planned: "tuple[int, int]", path: str) -> None:
+    """Stop when something else is at a path than what the plan saw."""
+    if (found.st_dev, found.st_ino) != planned:
+        raise ResourceError(path, "it was replaced while QEMU was being started")
 
 
 class Parent:

@@ -24,7 +24,20 @@ CHOICES = {
     "require": ("landlock",),
 }
 WORDS = {"on": True, "yes": True, "true": True, "": True, "off": False, "no": False, "false": False}
-TYPES = {"qemu": str, "fs": str, "pool": str, "idmap": list, "sandbox": str, "require": list, "off": bool}
+TYPES = {
+    "qemu": str,
+    "fs": str,
+    "pool": str,
+    "idmap": list,
+    "sandbox": str,
+    "require": list,
+    "off": bool,
+    "qmp": list,
+    "qmp.socket": list,
+    "qmp.monitor": list,
+    "passthrough": str,
+}
+ABOUT_MONITORS = ("qmp", "qmp.socket", "qmp.monitor", "passthrough")
 
 
 def apply_settings(config: "Config", settings: "Mapping[str, list[str]]", where: str) -> "Config":
@@ -47,9 +60,14 @@ def apply_settings(config: "Config", settings: "Mapping[str, list[str]]", where:
             changes[key] = _parse_sandbox(values[0], what)
         elif key == "off":
             changes[key] = _parse_switch(values[0], what)
-        else:
+        elif key not in ABOUT_MONITORS:
             raise UsageError(what, "there is no such setting", f"known are {', '.join(TYPES)}")
-    return config.replace(qemu=tuple(qemu.items()), **changes)
+    config = config.replace(qemu=tuple(qemu.items()), **changes)
+    if settings.keys().isdisjoint(ABOUT_MONITORS):
+        return config
+    from qemu_userns.host.settings_qmp import apply_qmp
+
+    return apply_qmp(config, settings, where)
 
 
 def join_pairs(pairs: "Iterable[tuple[str, str]]") -> "dict[str, list[str]]":
@@ -59,8 +77,15 @@ def join_pairs(pairs: "Iterable[tuple[str, str]]") -> "dict[str, list[str]]":
         values = settings.setdefault(key, [])
         if TYPES.get(key) is not list:
             values.clear()  # the last one counts, as in QEMU
-        values.append(os.path.abspath(value) if value and _names_qemu(key) else value)
+        values.append(_make_absolute(key, value))
     return settings
+
+
+def _make_absolute(key: str, value: str) -> str:
+    """Return the value of a `-userns` pair, a path from / on."""
+    if value and _names_qemu(key):
+        return os.path.abspath(value)
+    return os.path.join(os.getcwd(), value) if value and key in ("qmp", "passthrough") else value
 
 
 def _names_qemu(key: str) -> bool:
@@ -149,7 +174,11 @@ def _parse_toml(data: bytes, path: str) -> "dict[str, list[str]]":
         if key == "qemu" and isinstance(value, dict):
             for name, program in value.items():
                 settings[f"qemu.{name}"] = _flatten(program, str, f"{path}: qemu.{name}")
-        elif key in TYPES:
+        elif key == "qmp":
+            from qemu_userns.host.settings_qmp import encode_tables
+
+            settings.update(encode_tables(value, path))
+        elif key in TYPES and "." not in key:
             settings[key] = _flatten(value, TYPES[key], f"{path}: {key}")
         else:
             raise UsageError(f"{path}: {key}", "there is no such setting", f"known are {', '.join(TYPES)}")

@@ -14,6 +14,7 @@ AT_RECURSIVE = 0x8000
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH = 0x04
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
 FSOPEN_CLOEXEC = 1
 FSMOUNT_CLOEXEC = 1
 FSCONFIG_SET_STRING = 1
@@ -25,6 +26,7 @@ MOUNT_ATTR_IDMAP = 0x00100000
 MS_REC = 1 << 14
 MS_SLAVE = 1 << 19
 MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
 
 _mount = find_function("mount", 5)
 _umount2 = find_function("umount2", 2)
@@ -69,13 +71,15 @@ def fsmount(fd: int, flags: int, attributes: int) -> int:
     return syscall(432, fd, flags, attributes)
 
 
-def mount_setattr(dirfd: int, path: str, flags: int, attr_set: int, userns_fd: int = 0) -> None:
-    """Set attributes of a mount, with AT_RECURSIVE of all below it.
+def mount_setattr(
+    dirfd: int, path: str, flags: int, attr_set: int, userns_fd: int = 0, *, attr_clr: int = 0, propagation: int = 0
+) -> None:
+    """Set and clear attributes of a mount, and its propagation type (MS_SLAVE), with AT_RECURSIVE of all below it.
 
     Raises:
         OSError: EINVAL when the file system cannot be idmapped; EPERM when a locked attribute would be cleared.
     """
-    attributes = struct.pack("QQQQ", attr_set, 0, 0, userns_fd)
+    attributes = struct.pack("QQQQ", attr_set, attr_clr, propagation, userns_fd)
     syscall(442, dirfd, os.fsencode(path), flags, attributes, len(attributes), path=path)
 
 

@@ -11,6 +11,7 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 PR_SET_PDEATHSIG = 1
 PR_GET_PDEATHSIG = 2
+PR_SET_DUMPABLE = 4
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
@@ -25,6 +26,7 @@ CAP_SYS_ADMIN = 21
 _prctl = find_function("prctl", 5)
 _capset = find_function("capset", 2)
 _setns = find_function("setns", 2)
+_unshare = find_function("unshare", 1)
 
 
 def unshare(flags: int) -> None:
@@ -37,8 +39,11 @@ def unshare(flags: int) -> None:
         os.unshare(flags)
     else:
         # The same binding for Python 3.11, but for the exception that it raises.
-        from unshare import unshare as unshare_before_312
-
+        try:
+            from unshare import unshare as unshare_before_312
+        except ImportError:  # the supervisor runs without site-packages
+            call(_unshare, flags)
+            return
         try:
             unshare_before_312(flags)
         except RuntimeError as err:

@@ -7,8 +7,9 @@ from qemu_userns.cmdline.table import BUILTIN
 from qemu_userns.plan.base import BASE, LINKS, PRIVATE, PTMX
 from qemu_userns.plan.draft import Draft
 from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, LANDLOCK_ABI_WITH_SCOPES
-from qemu_userns.plan.grants import READ, Bind, Consume, Copy, CreateDir, Link, Listen, Private, Reserved
+from qemu_userns.plan.grants import READ, Bind, Consume, Copy, CreateDir, Link, Listen, Monitor, Private, QmpSocket, Reserved
 from qemu_userns.plan.handover import add_kvm, hand_over
+from qemu_userns.plan.monitors import serve_monitors
 from qemu_userns.plan.plan import NO_HOST, WHOLE_HOST, Confinement, Plan, Rewrite
 from qemu_userns.record import Record
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from qemu_userns.cmdline.source import Edit
     from qemu_userns.plan.facts import HostFacts
     from qemu_userns.plan.identity import Identity
+    from qemu_userns.plan.rights import MonitorRights, SocketRights
 
 _SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1, 2
 # On ABI 1 (Linux 5.13 to 5.18) every rename between directories is refused, which breaks 9p shares.
@@ -45,6 +47,9 @@ class Settings(Record):
     whole_host: bool = False
     sandbox: str = "auto"
     require_landlock: bool = False
+    sockets: "tuple[SocketRights, ...]" = ()
+    monitors: "tuple[MonitorRights, ...]" = ()
+    passthrough: str = ""
 
 
 def build_plan(
@@ -73,8 +78,10 @@ def build_plan(
     draft = Draft(commandline.objects, facts, identity, named_fds)
     draft.host_tree = WHOLE_HOST if settings.whole_host else NO_HOST
     _add_base(draft, program)
+    served = serve_monitors(draft, commandline, settings)
     for need in needs:
-        hand_over(draft, need, commandline)
+        if not (need.obj in served and need.row.way in (ways.SOCKET, ways.FD, ways.CHARDEV)):
+            hand_over(draft, need, commandline)
     if _defaults_to_kvm(commandline, program):
         add_kvm(draft, "the accelerator that this QEMU takes by itself")
     _add_temporary(draft, commandline)
@@ -110,7 +117,8 @@ def _reserve_fds(draft: Draft, leased: bool) -> None:
     """Reserve numbers for the fds by which a lease, and what is to be removed, end with QEMU."""
     if leased:
         draft.add(Reserved("the lease of QEMU's ids ends when its last process does", "lease", draft.next_fd()))
-    if leased or any(isinstance(grant, CreateDir | Listen) or getattr(grant, "temporary", False) for grant in draft.grants):
+    stays = (CreateDir, Listen, Monitor, QmpSocket)
+    if leased or any(isinstance(grant, stays) or getattr(grant, "temporary", False) for grant in draft.grants):
         draft.add(Reserved("its end tells the supervisor that QEMU has ended", "supervisor", draft.next_fd()))
 
 
@@ -187,7 +195,8 @@ def _choose_sandbox(commandline: "CommandLine", needs: "Sequence[Need]", program
     names = {option.name for option in commandline.options}
     spawns = bool(names & _SPAWNING_OPTIONS) or _spawns(commandline)
     privileges = "allow" if spawns else "deny"
-    spawn = "allow" if spawns or _has_monitor(commandline) else "deny"
+    has_monitor = bool(settings.sockets or settings.passthrough) or _has_monitor(commandline)
+    spawn = "allow" if spawns or has_monitor else "deny"
     return f"on,obsolete=deny,elevateprivileges={privileges},spawn={spawn},resourcecontrol=deny"
 
 

@@ -1,8 +1,8 @@
 """A plan in the making: what the handovers add to, in the order of the command line. Pure."""
 
-from qemu_userns.cmdline.source import replace
+from qemu_userns.cmdline.source import append, remove, replace
 from qemu_userns.plan.facts import ABSENT, DIRECTORY
-from qemu_userns.plan.grants import READ, SEARCH, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
+from qemu_userns.plan.grants import OWN_FDSET_BASE, READ, SEARCH, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
 from qemu_userns.plan.layout import is_below
 from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST, WHOLE_HOST
 
@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qemu_userns.catalogue.needs import Need
+    from qemu_userns.cmdline.chardev import LegacyChardev
     from qemu_userns.cmdline.objects import Object
     from qemu_userns.cmdline.source import Edit, Member
     from qemu_userns.plan.facts import HostFacts, PathFact
+    from qemu_userns.plan.grants import OpenFd
     from qemu_userns.plan.identity import Identity
 
 _MONITORS = ("monitor", "qmp", "qmp-pretty")
@@ -57,6 +59,15 @@ class Draft:
         """Add a refusal."""
         self.grants.append(Refuse(why, reason, hint))
 
+    def refuse_access(self, need: "Need", what: str) -> None:
+        """Refuse what QEMU's id may not do, and what no fd can stand in for."""
+        fact = self.path(need.path)
+        self.refuse(
+            f"{need.describe()} {need.path}",
+            f"QEMU's id {self.identity.uid} may not {what}",
+            f"it belongs to {fact.uid}:{fact.gid} and has mode {fact.mode & 0o7777:04o}; change that, or use -run-with user=",
+        )
+
     def show_host(self, read_only: bool) -> None:
         """Show the whole host tree, writable if any of those who ask for it need it so."""
         self.host_tree = READ_ONLY_HOST if read_only and self.host_tree != WHOLE_HOST else WHOLE_HOST
@@ -84,7 +95,30 @@ class Draft:
     def next_fdset(self) -> int:
         """Return a number for an fdset of our own, high so that it does not meet the caller's -add-fd."""
         self._fdset += 1
-        return 1_000_000 + self._fdset
+        return OWN_FDSET_BASE + self._fdset
+
+    def pass_file(self, grant: "OpenFd") -> None:
+        """Add a file to its fdset."""
+        self.add(grant)
+        self.words += ("-add-fd", f"fd={grant.number},set={grant.fdset},opaque={grant.given.replace(',', ',,')}")
+
+    def takes_fd(self, need: "Need") -> bool:
+        """Say whether a socket can be passed instead of its path: a chardev's, but vhost-user network backends refuse such."""
+        users = (obj for obj in self.objects if obj.kind == "netdev" and obj.get("type") == "vhost-user")
+        return need.legacy is not None or (need.obj.kind == "chardev" and all(obj.get("chardev") != need.obj.id for obj in users))
+
+    def pass_socket(self, need: "Need", number: int) -> None:
+        """Rewrite a chardev from `path=` to `fd=`, one in the old language to -chardev and its id."""
+        why = f"{need.path} is made outside and passed as fd {number}"
+        if need.legacy is not None:
+            members = (("fd", str(number)), *((key, value) for key, value in need.legacy.members if key != "path"))
+            self.legacy_to_chardev(need.obj, need.legacy.replace(members=members), why)
+        elif need.member is not None:
+            self.edits += (remove(need.obj, member, why) for member in need.obj.find_all(need.member.key))
+            self.edits.append(append(need.obj, "fd", str(number), why))
+
+    def run(self, need: "Need") -> None:
+        """Leave a program to QEMU, which starts it in its view."""
 
     def path(self, path: str) -> "PathFact":
         """Return the fact of a path."""
@@ -116,31 +150,35 @@ class Draft:
             owner = (fact.uid, fact.gid)
         self.add(Bind(why, fact.real, writable, device, fact.inode, owner))
 
-    def legacy_to_chardev(self, need: "Need", number: int, why: str) -> None:
+    def legacy_to_chardev(self, obj: "Object", legacy: "LegacyChardev", why: str) -> None:
         """Rewrite a character device in the old language to a -chardev of the same label, and `chardev:LABEL`.
 
         QEMU gives such devices labels by their kind and order, and so does this, for query-chardev to stay the same.
+
+        Args:
+            obj: the option in the old language.
+            legacy: what shall become of it.
+            why: for `explain`.
         """
-        legacy, member = need.legacy, need.member
-        if legacy is None or member is None:
+        member = obj.find("value")
+        if member is None:
             return
-        label = self._label(need)
-        members = [f"{key}={value.replace(',', ',,')}" for key, value in legacy.members if key != "path"]
+        label = self.label(obj)
+        members = [f"{key}={value.replace(',', ',,')}" for key, value in legacy.members]
         mux = ["mux=on"] if legacy.mux else []
-        self.words += ("-chardev", ",".join([legacy.backend, f"id={label}", f"fd={number}", *members, *mux]))
+        self.words += ("-chardev", ",".join([legacy.backend, f"id={label}", *members, *mux]))
         if legacy.mux:
             self.words += ("-mon", f"chardev={label},mode=readline")
         self.edits.append(replace(member, f"chardev:{label}", why))
 
-    def _label(self, need: "Need") -> str:
+    def label(self, obj: "Object") -> str:
         """Return the label that QEMU would give to an old style character device."""
-        kind = need.obj.kind
-        base = "compat_monitor" if kind in _MONITORS else kind
+        base = "compat_monitor" if obj.kind in _MONITORS else obj.kind
         if base not in ("compat_monitor", "serial", "parallel"):
             return base
-        same = _MONITORS if kind in _MONITORS else (kind,)
-        before = [obj for obj in self.objects if obj.kind in same and obj.option < need.obj.option and obj.get("value") != "none"]
-        return f"{base}{len(before)}"
+        same = _MONITORS if obj.kind in _MONITORS else (obj.kind,)
+        before = [other for other in self.objects if other.kind in same and other.option < obj.option]
+        return f"{base}{sum(other.get('value') != 'none' for other in before)}"
 
     def keep_fd(self, number: int, why: str, reopened: bool = False) -> None:
         """Keep an fd of the caller under its number; one that is not open is QEMU's to complain about."""

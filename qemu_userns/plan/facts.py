@@ -46,6 +46,7 @@ class PathFact(Record):
     xattrs: bool = True  # whether user.* attributes can be set (looked up for 9p shares only)
     fd: "int | None" = None  # /dev/fd/N and /proc/self/fd/N: the number
     locked: bool = False  # somebody holds a lock on the file (looked up for -pidfile only)
+    entries: "tuple[str, ...]" = ()  # names in a directory that its own bind does not serve (where the row has entries)
 
 
 class ImageFact(Record):

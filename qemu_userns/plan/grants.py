@@ -3,7 +3,11 @@
 Each has `describe()`, one line for `explain` and the log, and `why`, the word of the command line that asked for it.
 """
 
+from qemu_userns.plan.rights import Rights
 from qemu_userns.record import Record
+
+# Fdsets that callers and clients make have lower numbers; QEMU reads one out of a name as an int.
+OWN_FDSET_BASE = 2_000_000_000
 
 READ = 4
 WRITE = 2
@@ -132,6 +136,7 @@ class OpenFd(Grant):
     """A file opened outside with the caller's rights and passed to QEMU in an fdset."""
 
     path: str
+    given: str  # the path as the caller spells it, which query-fdsets shows
     flags: int
     number: int
     fdset: int
@@ -167,6 +172,17 @@ class Connect(Grant):
         return f"fd {self.number}: connected to {self.path}"
 
 
+class Run(Grant):
+    """A program run outside; QEMU gets the other end of the socket that is its stdin and stdout."""
+
+    argv: "tuple[str, ...]"
+    number: int
+
+    def describe(self) -> str:
+        """Say what runs."""
+        return f"fd {self.number}: {' '.join(self.argv)}, run outside"
+
+
 class Consume(Grant):
     """An option that this program carries out itself; QEMU never sees it."""
 
@@ -186,3 +202,55 @@ class Refuse(Grant):
     def describe(self) -> str:
         """Say the reason."""
         return self.reason
+
+
+# What the supervisor serves a monitor on.
+LISTEN, CONNECT, FD, STDIO, OWN = "listens on", "connects to", "serves", "serves stdio", "has it alone"
+
+
+class Monitor(Grant):
+    """A QMP monitor that the supervisor serves; QEMU gets a listening socket that only the supervisor can connect to."""
+
+    kind: str  # LISTEN, CONNECT, FD, STDIO or OWN
+    label: str  # of its character device
+    pretty: bool
+    number: int  # QEMU's fd: the private socket
+    way_in: int  # QEMU's fd that is a path to that socket, which a new supervisor finds there
+    path: str = ""  # of a unix socket that is listened on or connected to: the real path
+    given: str = ""  # the address as the caller spells it: a path, HOST:PORT, or the number of an fd
+    listens: bool = False  # FD: it is a listening socket
+    wait: bool = False  # QEMU starts when the first client is there
+    options: "tuple[tuple[str, str], ...]" = ()  # what else the caller says of the socket
+    rights: Rights = Rights()  # of its clients
+
+    @property
+    def reconnect_s(self) -> float:
+        """After how long a lost or failed connection out is tried again; 0 for never."""
+        options = dict(self.options)
+        return float(options.get("reconnect-ms") or 0) / 1000 or float(options.get("reconnect") or 0)
+
+    @property
+    def public_count(self) -> int:
+        """How many fds the launcher opens for its clients' side."""
+        if self.kind == STDIO:
+            return 2
+        return 0 if self.kind == OWN or (self.kind == CONNECT and self.reconnect_s) else 1
+
+    def describe(self) -> str:
+        """Say who serves it, and where."""
+        place = f" {self.given}" if self.given else ""
+        return f"fd {self.number}: QMP monitor {self.label}; the supervisor {self.kind}{place}"
+
+
+class QmpSocket(Grant):
+    """A socket of ours in addition to those of the command line, whose clients the supervisor serves on one of its monitors."""
+
+    label: str  # of that monitor's character device
+    path: str  # the real path
+    given: str  # as the settings spell it
+    mode: int
+    rights: Rights
+
+    def describe(self) -> str:
+        """Say where, and who may connect as far as the mode says it."""
+        return f"{self.given} (mode {self.mode:04o}), for monitor {self.label}"

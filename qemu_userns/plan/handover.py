@@ -4,8 +4,7 @@ Path first: a file that QEMU may open with its own rights is shown at its path. 
 """
 
 from qemu_userns.catalogue import ways
-from qemu_userns.cmdline.objects import as_switch
-from qemu_userns.cmdline.source import append, drop, remove
+from qemu_userns.cmdline.source import drop, remove
 from qemu_userns.plan import images
 from qemu_userns.plan.base import KVM
 from qemu_userns.plan.draft import is_shown
@@ -70,14 +69,22 @@ def _firmware(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     fact = draft.path(need.path)
     if fact.error is None and fact.kind == REGULAR and fact.readable:
         draft.bind(fact, False, need.describe())
+    elif fact.error not in (None, MISSING):
+        draft.notes.append(f"{need.describe()} {need.path}: {fact.error}")
 
 
-def _directory(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+def _directory(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Show a directory, and what QEMU looks for in it and a bind of the directory alone does not serve."""
     fact = draft.path(need.path)
-    if need.obj.kind == "L" and (need.path == "help" or fact.kind == ABSENT):
+    if (need.obj.kind == "L" and fact.kind == ABSENT) or not draft.check(need, fact, READ):
         return
-    if draft.check(need, fact, READ):
-        draft.bind(fact, False, need.describe())
+    draft.bind(fact, False, need.describe())
+    for path in need.find_entries(fact.entries):
+        found = draft.path(path)
+        if need.obj.kind == "L":  # much may lie there that this QEMU never looks for
+            _firmware(draft, need.replace(path=path), commandline)
+        elif found.kind == REGULAR or found.error not in (None, MISSING):
+            _read(draft, need.replace(path=path), commandline)
 
 
 def _write_directory(draft: "Draft", need: "Need", _: "CommandLine") -> None:
@@ -94,7 +101,7 @@ def _made(draft: "Draft", need: "Need", _: "CommandLine") -> None:
         if draft.may(fact, READ | WRITE | SEARCH):
             draft.bind(fact, True, need.describe())
         else:
-            _refuse_access(draft, need.replace(path=directory), "make anything in it")
+            draft.refuse_access(need.replace(path=directory), "make anything in it")
 
 
 def _write(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -156,7 +163,7 @@ def _memory(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         if is_shown(fact.real) or draft.may(fact, READ | WRITE | SEARCH):
             draft.bind(fact, True, need.describe())
         else:
-            _refuse_access(draft, need, "make files in it")
+            draft.refuse_access(need, "make files in it")
 
 
 def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
@@ -198,14 +205,11 @@ def _choose_capabilities(draft: "Draft", need: "Need") -> None:
 
 def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Listen outside and pass the socket, or show the one that QEMU connects to."""
-    if _is_server(need):
-        if _must_keep_path(need, commandline):
-            _made(draft, need, commandline)
-        else:
-            _listen(draft, need)
+    if need.listens:
+        _listen(draft, need, commandline)
         return
     fact = draft.path(need.path)
-    if _reconnects(need):  # its server may make it later, or anew
+    if need.reconnects:  # its server may make it later, or anew
         directory = draft.path(directory_of(need.path))
         if directory.kind == ABSENT and directory.error in (None, MISSING):
             draft.way_to(directory, need.describe())
@@ -214,61 +218,30 @@ def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
             draft.bind(directory, False, need.describe())
     elif fact.kind == SOCKET and draft.may(fact, WRITE):
         draft.bind(fact, True, need.describe())
-    elif fact.kind == SOCKET and draft.caller_may(fact, WRITE) and not _must_keep_path(need, commandline):
+    elif fact.kind == SOCKET and draft.caller_may(fact, WRITE) and draft.takes_fd(need):
         number = draft.next_fd()
         draft.add(Connect(need.describe(), fact.real, number, fact.inode))
-        _replace_path_by_fd(draft, need, number)
+        draft.pass_socket(need, number)
     elif fact.kind == SOCKET:
-        _refuse_access(draft, need, "connect to it")
+        draft.refuse_access(need, "connect to it")
     elif fact.kind == ABSENT and fact.error in (None, MISSING):
         draft.way_to(fact, need.describe())  # QEMU says that nobody is there
     elif fact.error is not None:
         draft.refuse(f"{need.describe()} {need.path}", fact.error)
 
 
-def _listen(draft: "Draft", need: "Need") -> None:
-    """Have a socket bound outside at the caller's path."""
+def _listen(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Have a socket bound outside at the caller's path, or by QEMU itself where it takes none."""
+    if not draft.takes_fd(need):
+        _made(draft, need, commandline)
+        return
     fact = draft.path(need.path)
     if fact.error is not None or not fact.parent_writable:
         draft.refuse(f"{need.describe()} {need.path}", fact.error or "Permission denied", "the caller cannot make a socket there")
         return
     number = draft.next_fd()
     draft.add(Listen(need.describe(), fact.real, need.path, number))
-    _replace_path_by_fd(draft, need, number)
-
-
-def _replace_path_by_fd(draft: "Draft", need: "Need", number: int) -> None:
-    """Rewrite a chardev from `path=` to `fd=`, one in the old language to -chardev and its id."""
-    why = f"{need.path} is made outside and passed as fd {number}"
-    if need.legacy is None:
-        if need.member is not None:
-            draft.edits += (remove(need.obj, member, why) for member in need.obj.find_all(need.member.key))
-            draft.edits.append(append(need.obj, "fd", str(number), why))
-    else:
-        draft.legacy_to_chardev(need, number, why)
-
-
-def _is_server(need: "Need") -> bool:
-    return as_switch(_chardev_value(need, "server")) == "on"
-
-
-def _reconnects(need: "Need") -> bool:
-    return any(_chardev_value(need, key) not in ("", "0") for key in ("reconnect", "reconnect-ms"))
-
-
-def _chardev_value(need: "Need", key: str) -> str:
-    """Return a member of the chardev that a need stands for."""
-    if need.legacy is not None:
-        return dict(need.legacy.members).get(key, "")
-    return need.obj.get(key) or ""
-
-
-def _must_keep_path(need: "Need", commandline: "CommandLine") -> bool:
-    """Say whether the chardev has to make its socket itself: vhost-user network backends refuse one with fd=."""
-    return (need.obj.kind != "chardev" and need.legacy is None) or any(
-        obj.kind == "netdev" and obj.get("type") == "vhost-user" and obj.get("chardev") == need.obj.id
-        for obj in commandline.objects
-    )
+    draft.pass_socket(need, number)
 
 
 def _pipe(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -286,19 +259,9 @@ def _device(draft: "Draft", need: "Need", _: "CommandLine") -> None:
         draft.way_to(fact, need.describe())
         draft.add(Node(need.describe(), fact.real, fact.device, fact.kind == BLOCK))
     elif draft.facts.caller.root and not draft.may(fact, WRITE):
-        _refuse_access(draft, need, "open it")
+        draft.refuse_access(need, "open it")
     else:
         draft.bind(fact, True, need.describe(), device=fact.kind in (CHARACTER, BLOCK))
-
-
-def _refuse_access(draft: "Draft", need: "Need", what: str) -> None:
-    """Refuse what QEMU's id may not do, and what no fd can stand in for."""
-    fact = draft.path(need.path)
-    draft.refuse(
-        f"{need.describe()} {need.path}",
-        f"QEMU's id {draft.identity.uid} may not {what}",
-        f"it belongs to {fact.uid}:{fact.gid} and has mode {fact.mode & 0o7777:04o}; change that, or use -run-with user=",
-    )
 
 
 def _kvm(draft: "Draft", need: "Need", _: "CommandLine") -> None:
@@ -320,6 +283,14 @@ def add_kvm(draft: "Draft", why: str) -> None:
 def _fd(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     if need.path.isdecimal():
         draft.keep_fd(int(need.path), need.describe())
+
+
+def _run(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    draft.run(need)
+
+
+def _name(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    """Leave a name to QEMU, which has the fd already."""
 
 
 def _config(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -355,12 +326,15 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.IMAGE: images.hand_over,
     ways.SHARE: _share,
     ways.SOCKET: _socket,
+    ways.LISTEN: _listen,
     ways.PIPE: _pipe,
     ways.DEVICE: _device,
     ways.FD: _fd,
+    ways.NAME: _name,
+    ways.RUN: _run,
     ways.CONFIG: _config,
     ways.KVM: _kvm,
     ways.CONSUME: _consume,
     ways.REFUSE: _refuse,
 }
-_PATH_WAYS = frozenset(_HANDOVERS) - {ways.FD, ways.KVM, ways.CONSUME, ways.REFUSE, ways.CONFIG}
+_PATH_WAYS = frozenset(_HANDOVERS) - {ways.FD, ways.NAME, ways.RUN, ways.KVM, ways.CONSUME, ways.REFUSE, ways.CONFIG}

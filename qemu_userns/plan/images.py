@@ -105,8 +105,7 @@ def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact", commandline: 
     name = f"/dev/fdset/{fdset}"
     for flags in modes:
         number = draft.next_fd()
-        draft.add(OpenFd(need.describe(), fact.real, flags, number, fdset, fact.inode))
-        draft.words += ("-add-fd", f"fd={number},set={fdset},opaque={need.path.replace(',', ',,')}")
+        draft.pass_file(OpenFd(need.describe(), fact.real, need.path, flags, number, fdset, fact.inode))
     if need.member is None:
         return
     if need.obj.form == "word":
@@ -136,7 +135,8 @@ def _turn_into_drive(
 def _name_backing(draft: "Draft", need: "Need", backing: "ImageFact") -> None:
     """Name the backing file of an image in an fdset: its header's name would be looked for beside /dev/fdset/N."""
     member = need.member
-    layer = None if member is None else find_layer(need.obj, member.key, draft.objects)
+    nodes = need.obj.kind in ("blockdev", "drive")  # a command that only names a file has no place for another one
+    layer = find_layer(need.obj, member.key, draft.objects) if member is not None and nodes else None
     if layer is None or any(layer.obj.find(f"{layer.prefix}{key}") for key in ("backing", "backing.file.filename")):
         return
     why = f"the backing file of {need.path}, which its fdset cannot lead to"

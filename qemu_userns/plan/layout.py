@@ -44,6 +44,30 @@ def build_overlay(grants: "Iterable[Grant]", read_only: bool) -> "tuple[Placed, 
     return tuple(grant for grant in layout if grant.path != "/" and isinstance(grant, kinds))
 
 
+def find_shown(layout: "Iterable[Placed]", grant: "Placed") -> "Placed | None":
+    """Return what of a layout shows already what a grant would show, with no less access; None if it has to be placed.
+
+    Args:
+        layout: of the launch, followed by what was placed since.
+        grant: of a hot-plug.
+    """
+    nearest: "Placed | None" = None
+    for placed in layout:
+        if isinstance(placed, Link) and placed.path != grant.path:
+            continue
+        if is_below(grant.path, placed.path) and (nearest is None or len(placed.path) >= len(nearest.path)):
+            nearest = placed
+    if nearest is None:
+        return None
+    shown = _equals(nearest, grant) if nearest.path == grant.path else _shown_by(grant, nearest)
+    return nearest if shown else None
+
+
+def find_covered(layout: "Iterable[Placed]", directory: str) -> "tuple[Placed, ...]":
+    """Return what of a layout lies below a directory, and would be covered by a mount of it."""
+    return tuple(placed for placed in layout if placed.path != directory and is_below(placed.path, directory))
+
+
 def is_below(path: str, directory: str) -> bool:
     """Say whether a normal path lies below a directory (or is it)."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
@@ -60,6 +84,21 @@ def _stronger(first: "Placed", second: "Placed") -> "Placed":
         )
     strength = (Link, Private, Bind, CreateDir, Copy, Node, Create)
     return max(first, second, key=lambda grant: strength.index(type(grant)))
+
+
+def _equals(placed: "Placed", grant: "Placed") -> bool:
+    """Say whether what is placed at a path gives no less than a grant of that path; of a file created anew it never does."""
+    if isinstance(placed, Bind) and isinstance(grant, Bind):
+        same_file = grant.inode is None or placed.inode in (None, grant.inode)
+        access = placed.writable >= grant.writable and placed.device >= grant.device
+        return same_file and access and placed.owner == grant.owner
+    if isinstance(grant, Bind):
+        return isinstance(placed, CreateDir) and not grant.device and grant.owner is None
+    if isinstance(placed, Link) and isinstance(grant, Link):
+        return placed.target == grant.target
+    if isinstance(placed, Node) and isinstance(grant, Node):
+        return (placed.device, placed.block) == (grant.device, grant.block)
+    return False
 
 
 def _shown_by(grant: "Placed", above: "Placed") -> bool:

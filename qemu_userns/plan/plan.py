@@ -62,6 +62,11 @@ class Plan(Record):
         """Return what stops this launch before anything is touched."""
         return tuple(grant for grant in self.grants if isinstance(grant, Refuse))
 
+    @property
+    def needs_supervisor(self) -> bool:
+        """Whether anything is left to do outside once QEMU runs."""
+        return any(isinstance(grant, Reserved) and grant.what == "supervisor" for grant in self.grants)
+
     def find_number(self, what: str) -> int:
         """Return the number of an fd that the launcher itself opens; `what` as in Reserved."""
         return next(grant.number for grant in self.grants if isinstance(grant, Reserved) and grant.what == what)

@@ -94,7 +94,7 @@ def _open_placed(staging: int, grant: "Placed", opened: "Opened") -> int:
         case Copy() | Node():
             return _stage(staging, grant)
         case Bind() | Create() | CreateDir():
-            return _open_source(grant, opened)
+            return open_source(grant, opened)
         case Link() | Private():
             raise SandboxError(grant.path, "has no place over the host's tree")
 
@@ -143,10 +143,10 @@ def _place(root: int, grant: "Placed", opened: "Opened", made: "set[str]") -> No
         case Copy() | Node():
             _attach(root, name, _stage(root, grant))
         case Bind() | Create() | CreateDir():
-            _attach(root, name, _open_source(grant, opened))
+            _attach(root, name, open_source(grant, opened))
 
 
-def _open_source(grant: "Bind | Create | CreateDir", opened: "Opened") -> int:
+def open_source(grant: "Bind | Create | CreateDir", opened: "Opened") -> int:
     """Return an owned fd of a detached mount of what the grant shows, with no more access than it gives."""
     source = opened.sources.get(grant.path)
     if source is not None:

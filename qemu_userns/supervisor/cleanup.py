@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 _SWEEPS, _PAUSE_S = 10, 0.02
 
 
-def clean_up(leftovers: "Iterable[Leftover]", leased: bool) -> None:
-    """Remove the files, and the lease's file once its last holder is gone.
+def clean_up(leftovers: "Iterable[Leftover]", lease: str) -> None:
+    """Remove the files, and the lease's file (its path, "" for none) once its last holder is gone.
 
     The pipe's end and the lock's end are two fds of one dying process, and either may be seen first: hence a few tries. A lease
     file that stays all the same is unlocked, so free, and the next launch takes or sweeps it.
     """
     remove(leftovers)
-    if not leased:
+    if not lease:
         return
     for _ in range(_SWEEPS):
         try:
             sweep_leases(RUN_DIR)
-            if not os.listdir(f"{RUN_DIR}/leases"):
+            if not os.path.exists(lease):
                 return
         except (HostError, OSError):
             return

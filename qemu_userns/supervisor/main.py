@@ -1,26 +1,105 @@
-"""The supervisor as a process of its own: waits for QEMU to end, then removes what must not stay.
+"""The supervisor as a process of its own: serves QEMU's monitors, and when QEMU has ended removes what must not stay.
 
-Started by supervisor/process.py as `python3 -I -S main.py REQUEST_FD STATE_FD leased|own`.
+Started by supervisor/process.py as `python3 -I -S main.py CHANNEL LAUNCHER STATE FD...`: the socket to the launcher, whose other
+end QEMU keeps; a pidfd of the launcher; a memfd with the state of the VM; and the fds to serve.
 """
 
 import os
 import sys
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from qemu_userns.host.leftovers import decode
+from qemu_userns.host.leftovers import hold
 from qemu_userns.supervisor.cleanup import clean_up
+from qemu_userns.supervisor.poller import IN, Poller
+from qemu_userns.supervisor.process import COMMIT
+from qemu_userns.supervisor.state import read_state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.supervisor.server import Server
+    from qemu_userns.supervisor.state import State
+
+_DRAIN_S = 0.08
+_MESSAGE_BYTES = 4096
 
 
-def main(request: int, state: int, leased: bool) -> None:
-    """Wait for the end of the pipe whose other end QEMU holds; bytes in it are QEMU's and mean nothing."""
-    os.lseek(state, 0, os.SEEK_SET)
-    with os.fdopen(state, "rb") as file:
-        leftovers = [decode(os.fsdecode(line)) for line in file.read().split(b"\0")[:-1]]
-    while os.read(request, 4096):
-        pass
-    clean_up(leftovers, leased)
+class Watch:
+    """Whether the VM still lives: by the launcher's channel before QEMU runs, by QEMU's pidfd afterwards."""
+
+    def __init__(self, poller: Poller, channel: "int | None", pidfd: "int | None", daemonizes: bool) -> None:
+        """Watch; the fds are taken over.
+
+        Args:
+            poller: calls back.
+            channel: to the launcher, None where QEMU runs already.
+            pidfd: of the process that becomes QEMU, None if it has ended.
+            daemonizes: that process ends, and a child of it is QEMU; its end is the channel's until its pid is known.
+        """
+        self.committed = channel is None
+        self.ended = False
+        self._poller, self._daemonizes = poller, daemonizes
+        if channel is not None:
+            self._channel = channel
+            poller.watch(channel, IN, self._hear)
+        if pidfd is not None and not daemonizes:
+            self._watch_process(pidfd)
+
+    def learn_pid(self, pid: int) -> bool:
+        """Take note of the pid of QEMU; return whether it is news."""
+        if not self._daemonizes:
+            return False
+        self._daemonizes = False
+        self._watch_process(os.pidfd_open(pid))
+        return True
+
+    def _watch_process(self, pidfd: int) -> None:
+        self._poller.watch(pidfd, IN, lambda _: self._end())
+
+    def _hear(self, events: int) -> None:
+        """Wait for COMMIT, then for the end; what QEMU may say here means nothing."""
+        if not self.committed and events & IN and os.read(self._channel, _MESSAGE_BYTES) == COMMIT.encode():
+            self.committed = True
+            self._poller.watch(self._channel, 0, self._hear)
+        elif not self.committed or self._daemonizes:
+            self._end()
+        else:
+            self._poller.unwatch(self._channel)  # closed, but QEMU's process is there
+
+    def _end(self) -> None:
+        self.ended = True
+
+
+def run(state: "State", watch: Watch, poller: Poller, server: "Server | None") -> None:
+    """Serve until QEMU ends, then remove what must not stay."""
+    leftovers = state.leftovers
+    for item in leftovers:
+        if item.temporary:
+            hold(item)
+    while not watch.ended:
+        poller.run_once()
+    if server is not None:
+        deadline = time.monotonic() + _DRAIN_S
+        while server.has_more() and time.monotonic() < deadline:
+            poller.run_once(deadline - time.monotonic())
+        leftovers += server.close()
+    clean_up([item for item in leftovers if item.temporary or not watch.committed], state.lease)
+
+
+def main(channel: int, launcher: int, state_fd: int, served: "list[int]") -> None:
+    """Be the supervisor of one VM."""
+    state = read_state(state_fd)
+    poller = Poller()
+    watch = Watch(poller, channel, launcher, state.daemonizes)
+    server = None
+    if state.monitors:
+        from qemu_userns.supervisor.server import Server
+
+        server = Server(state, poller, watch.learn_pid)
+        server.serve(served)
+    run(state, watch, poller, server)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "leased")
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), [int(word) for word in sys.argv[4:]])

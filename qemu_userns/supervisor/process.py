@@ -1,25 +1,28 @@
-"""The process beside the launcher: it works outside while the launcher plans, and after QEMU has ended.
+"""The process beside the launcher: it works outside while the launcher plans, and beside QEMU afterwards.
 
-Theory of operation. `fork_supervisor` starts it in a session of its own and with no fd of the caller. At once it makes the user
-namespace and has its maps written, which takes newuidmap and newgidmap as long as the launcher needs to plan; then it answers
-with the pid of the namespace's holder, and leaves the launcher's family by another fork. The launcher sends one message for
-each file that it creates (`note`), says when it has joined, and sends COMMIT last before execve. If the pipe ends without
-COMMIT, the launcher has died, and all those files are removed. After it the supervisor ends, unless files have to be removed
-when QEMU ends: then it becomes a clean interpreter (main.py), so that nothing of the caller's command line is left in its own,
-and waits for the same pipe to end, whose other end is QEMU's by then.
+Theory of operation. `fork_supervisor` starts it in a session of its own and with no fd of the caller. At once it makes QEMU's
+namespaces and has the id maps written, which takes newuidmap and newgidmap as long as the launcher needs to plan; then it
+answers with the pid of the namespaces' holder, and leaves the launcher's family by another fork. Over a socket of messages the
+launcher tells of each file that it creates (`note`), says when it has joined the namespaces (`hand_over`), and sends COMMIT last
+before execve. If the socket ends without COMMIT, the launcher has died, and all those files are removed.
+
+Where nothing is left to do once QEMU runs, the supervisor ends at COMMIT. Else `hand_over` brings the state of the VM and the
+fds to serve, and it becomes a clean interpreter (main.py) at once, so that nothing of the caller's command line is left in its
+own, while the launcher builds the view.
 """
 
 import os
 import sys
 
 from qemu_userns.errors import HostError, SandboxError
-from qemu_userns.host.leftovers import Leftover, decode, encode, hold
+from qemu_userns.host.leftovers import Leftover, decode, encode
 from qemu_userns.host.usernamespace import Holder, open_namespace, write_maps
 from qemu_userns.linux import process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from _socket import socket as Socket
+    from collections.abc import Iterable, Iterator
     from typing import NoReturn
 
     from qemu_userns.plan.identity import Identity
@@ -27,24 +30,28 @@ if TYPE_CHECKING:
 READY = "ready"
 JOINED, COMMIT = "joined", "commit"
 _SIZE_BYTES = 65536
+_MOST_FDS = 253  # of one message: SCM_MAX_FD
 
 
 class Supervisor:
     """The launcher's end."""
 
-    def __init__(self, request_fd: int, answer_fd: int, child: int, leased: bool) -> None:
-        """Hold the pipes.
+    def __init__(self, channel: "Socket", answer_fd: int, child: int) -> None:
+        """Hold the channels.
 
         Args:
-            request_fd: taken over; passed on to QEMU when the supervisor stays, for QEMU's end to be seen.
+            channel: taken over; passed on to QEMU where the supervisor stays, for QEMU's end to be seen.
             answer_fd: taken over.
             child: the supervisor's first process, which ends when the maps are written, to be reaped.
-            leased: whether ids are leased, whose file goes at QEMU's end.
         """
-        self.request_fd = request_fd
-        self.stays = leased
+        self._channel = channel
         self._answer_fd = answer_fd
         self._child = child
+
+    @property
+    def channel_fd(self) -> int:
+        """The channel, borrowed."""
+        return self._channel.fileno()
 
     def open_namespaces(self) -> "tuple[int, ...]":
         """Wait for the namespaces and their maps; return owned fds of them, the user namespace first.
@@ -61,77 +68,101 @@ class Supervisor:
             raise (HostError if kind == "HostError" else SandboxError)(what, why, hint or None)
         namespaces = tuple(open_namespace(int(what), kind) for kind in ("user", "mnt", "ipc"))
         os.close(self._answer_fd)
-        self._send(JOINED)
         return namespaces
 
     def note(self, leftover: Leftover) -> None:
         """Tell of a file that was created."""
-        self.stays = self.stays or leftover.temporary
         self._send(encode(leftover))
+
+    def hand_over(self, fds: "Iterable[int]") -> None:
+        """Say that all is open and the namespaces are joined.
+
+        Args:
+            fds: what the supervisor needs to stay: a memfd with the state of the VM, then what it serves (state.py); taken over.
+                Empty where it shall end at COMMIT.
+
+        Raises:
+            SandboxError: they are too many.
+        """
+        import _socket
+
+        given = list(fds)
+        if len(given) > _MOST_FDS:
+            raise SandboxError("cannot hand the monitors to the supervisor", f"they are more than {_MOST_FDS} sockets")
+        numbers = b"".join(fd.to_bytes(4, sys.byteorder) for fd in given)
+        self._send(JOINED, [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, numbers)] if given else [])
+        for fd in given:
+            os.close(fd)
 
     def commit(self) -> None:
         """Say that QEMU is about to run, and reap the supervisor's first process, which QEMU would never do."""
         self._send(COMMIT)
         process.reap(self._child)
 
-    def _send(self, message: str) -> None:
-        """Send a message; they end with a NUL."""
-        os.write(self.request_fd, os.fsencode(f"{message}\0"))
+    def _send(self, message: str, ancillary: "Iterable[tuple[int, int, bytes]]" = ()) -> None:
+        """Send a message."""
+        self._channel.sendmsg([os.fsencode(message)], ancillary)
 
 
-def fork_supervisor(identity: "Identity", leased: bool) -> Supervisor:
+def fork_supervisor(identity: "Identity", lease: str) -> Supervisor:
     """Fork the supervisor.
 
     Should: be called with the caller's rights, as soon as the identity is known.
     Must not: leave it as a child of the process that becomes QEMU, which would never reap it.
 
     Args:
-        identity: whose namespace it will make.
-        leased: whether its ids are leased.
+        identity: whose namespaces it will make.
+        lease: path of the lease of its ids, which goes when the launch fails; "" for none.
 
     Raises:
         SandboxError: no process can be had.
     """
+    import _socket
+
     try:
-        request_read, request_write = os.pipe()
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         answer_read, answer_write = os.pipe()
         child = os.fork()
     except OSError as err:
         raise SandboxError("cannot fork the supervisor", err.strerror or str(err)) from err
     if child == 0:
-        _run_child(request_read, answer_write, identity, leased)
-    os.close(request_read)
+        ours.close()
+        _run_child(theirs, answer_write, identity, lease)
+    theirs.close()
     os.close(answer_write)
-    return Supervisor(request_write, answer_read, child, leased)
+    return Supervisor(ours, answer_read, child)
 
 
-def _run_child(request: int, answer: int, identity: "Identity", leased: bool) -> "NoReturn":
+def _run_child(channel: "Socket", answer: int, identity: "Identity", lease: str) -> "NoReturn":
     """Serve the launcher, leave its family, and end; nothing of the launcher's own code runs in here any more."""
     try:
+        launcher = os.pidfd_open(os.getppid())
         os.setsid()
         for number in (process.SIGHUP, process.SIGINT, process.SIGTERM):
             # Who stops QEMU's whole control group still wants QEMU's files removed after it.
             process.ignore_signal(number)
         process.reset_signal(process.SIGCHLD)  # ignored, the exit status of newuidmap would be lost
-        _leave_caller(request, answer)
-        holder = _make_namespace(identity, answer)
-        messages = _read_messages(request)
-        leftovers = _take_notes(messages, leased)
+        _leave_caller(channel.fileno(), answer, launcher)
+        holder = _make_namespaces(identity, answer)
+        leftovers: "list[Leftover]" = []
+        fds = _take_notes(channel, leftovers)
+        if fds is None:
+            _give_up(leftovers, lease)
         if holder is not None:
             holder.let_go()
         if os.fork() == 0:  # only now, while the launcher builds the view: it waits for the maps, and QEMU must have no child
-            _wait_for_commit(messages, leftovers, leased)
-            temporary = [item for item in leftovers if item.temporary]
-            if temporary or leased:
-                _become_clean(request, temporary, leased)
+            if fds:
+                _become_clean([channel.fileno(), launcher, *fds])
+            if os.fsdecode(channel.recv(_SIZE_BYTES)) != COMMIT:
+                _give_up(leftovers, lease)
     finally:
         os._exit(0)
 
 
-def _leave_caller(request: int, answer: int) -> None:
+def _leave_caller(*own: int) -> None:
     """Close every fd of the caller, with the standard ones on /dev/null, and stand in "/"."""
     null = os.open("/dev/null", os.O_RDWR)
-    kept = sorted((request, answer))
+    kept = sorted(own)
     for fd in {0, 1, 2}.difference(kept):
         os.dup2(null, fd)
     first = 3
@@ -142,8 +173,8 @@ def _leave_caller(request: int, answer: int) -> None:
     os.chdir("/")
 
 
-def _make_namespace(identity: "Identity", answer: int) -> "Holder | None":
-    """Make the user namespace and answer; return its holder."""
+def _make_namespaces(identity: "Identity", answer: int) -> "Holder | None":
+    """Make the namespaces and answer; return their holder."""
     holder = None
     try:
         holder = Holder(identity)
@@ -159,49 +190,38 @@ def _make_namespace(identity: "Identity", answer: int) -> "Holder | None":
     return holder
 
 
-def _take_notes(messages: "Iterator[str]", leased: bool) -> "list[Leftover]":
-    """Return the files that the launcher creates before it joins the namespace; when it dies, remove them, and end."""
-    leftovers: "list[Leftover]" = []
-    for message in messages:
+def _take_notes(channel: "Socket", leftovers: "list[Leftover]") -> "list[int] | None":
+    """Collect the files that the launcher creates before it joins; return what it then hands over, None when it dies first."""
+    for message, fds in _read_messages(channel):
         if message == JOINED:
-            return leftovers
+            return fds
         leftovers.append(decode(message))
-    return _give_up(leftovers, leased)
+    return None
 
 
-def _wait_for_commit(messages: "Iterator[str]", leftovers: "list[Leftover]", leased: bool) -> None:
-    """Wait for COMMIT; when the launcher dies without, remove what it created, and end. No other message counts any more."""
-    if COMMIT not in messages:
-        _give_up(leftovers, leased)
-
-
-def _give_up(leftovers: "list[Leftover]", leased: bool) -> "NoReturn":
+def _give_up(leftovers: "list[Leftover]", lease: str) -> "NoReturn":
     """Remove what a launch that failed has created, and end."""
     from qemu_userns.supervisor.cleanup import clean_up
 
-    clean_up(leftovers, leased)
+    clean_up(leftovers, lease)
     os._exit(0)
 
 
-def _read_messages(request: int) -> "Iterator[str]":
-    """Yield the messages of a pipe up to its end."""
-    data = b""
+def _read_messages(channel: "Socket") -> "Iterator[tuple[str, list[int]]]":
+    """Yield the messages of a socket up to its end, each with the fds that came with it, which are owned."""
+    import _socket
+
     while True:
-        chunk = os.read(request, _SIZE_BYTES)
-        if not chunk:
+        data, ancillary, _, _ = channel.recvmsg(_SIZE_BYTES, _socket.CMSG_SPACE(4 * _MOST_FDS))
+        if not data:
             return
-        *messages, data = (data + chunk).split(b"\0")
-        for message in messages:
-            yield os.fsdecode(message)
+        numbers = b"".join(item for level, kind, item in ancillary if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS))
+        yield os.fsdecode(data), [int.from_bytes(numbers[i : i + 4], sys.byteorder) for i in range(0, len(numbers), 4)]
 
 
-def _become_clean(request: int, leftovers: "list[Leftover]", leased: bool) -> None:
-    """Execute main.py in a fresh interpreter; what it has to remove goes in by a memfd, not by its command line."""
-    for item in leftovers:
-        hold(item)
-    state = os.memfd_create("qemu-userns-supervisor", 0)
-    os.write(state, os.fsencode("".join(f"{encode(item)}\0" for item in leftovers)))
-    os.set_inheritable(request, True)
+def _become_clean(fds: "list[int]") -> None:
+    """Execute main.py in a fresh interpreter; what it has to know goes in by a memfd, not by its command line."""
+    for fd in fds:
+        os.set_inheritable(fd, True)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
-    words = ["qemu-userns-supervisor", "-I", "-S", script, str(request), str(state), "leased" if leased else "own"]
-    os.execve(sys.executable, words, {"PATH": os.defpath})
+    os.execve(sys.executable, ["qemu-userns-supervisor", "-I", "-S", script, *map(str, fds)], {"PATH": os.defpath})

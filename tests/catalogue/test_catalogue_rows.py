@@ -67,8 +67,12 @@ CASES = [
     case("-device ipmi-bmc-sim,sdrfile=/x/file", ways.READ, "/x/file", RO),
     case("-device ipmi-bmc-sim,frudatafile=/x/file", ways.READ, "/x/file", RO),
     case("-device cxl-type3,cdat=/x/file", ways.READ, "/x/file", RO),
-    case("-L /x/dir", ways.DIRECTORY, "/x/dir", DIR_RO),
-    case("-L help", ways.DIRECTORY, "help"),
+    Case(
+        ("-L", "/x/dir"),
+        ((ways.DIRECTORY, "/x/dir"), (ways.DIRECTORY, "/x/dir/keymaps"), (ways.DIRECTORY, "/x/dir/dtb")),
+        (DIR_RO, "ro /x/dir/keymaps", "ro /x/dir/dtb"),
+    ),
+    Case(("-L", "help"), (), ()),
     case("-plugin /x/file,arg=x", ways.READ, "/x/file", RO),
     case("-readconfig /x/file", ways.CONFIG, "/x/file"),
     # Block devices
@@ -106,6 +110,13 @@ CASES = [
     case("-blockdev nbd,node-name=a,path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
     case("-blockdev nbd,node-name=a,server.type=unix,server.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
     case("-drive file.driver=nbd,file.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
+    case("-blockdev gluster,node-name=a,server.0.type=unix,server.0.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
+    case("-blockdev gluster,node-name=a,logfile=/x/new", ways.APPEND, "/x/new", NEW),
+    case("-blockdev virtio-blk-vhost-user,node-name=a,path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
+    *[
+        case(f"-blockdev {name},node-name=a,path=/x/char", ways.DEVICE, "/x/char", "device /x/char")
+        for name in ("virtio-blk-vhost-vdpa", "nvme-io_uring")
+    ],
     case("-iscsi initiator-name-file=/x/file", ways.READ, "/x/file", RO),
     # Memory
     *value_cases("mem-path", ways.MEMORY, "/x/dir", DIR_RW),
@@ -148,13 +159,26 @@ CASES = [
     case("-object filter-dump,id=f,netdev=n,file=/x/new", ways.WRITE, "/x/new", NEW),
     # Secrets, certificates, access lists
     *[case(f"-object {name},id=s,file=/x/file", ways.READ, "/x/file", RO) for name in ("secret", "sev-guest", "igvm-cfg")],
-    case("-object tls-creds-x509,id=t,dir=/x/dir", ways.DIRECTORY, "/x/dir", DIR_RO),
+    *[
+        case(f"-object tls-creds-{kind},id=t,dir=/x/dir{end}", ways.DIRECTORY, "/x/dir", DIR_RO)
+        for kind in ("x509", "psk", "anon")
+        for end in ("", ",endpoint=client", ",endpoint=server")
+    ],
     case("-object authz-list-file,id=a,filename=/x/file", ways.READ, "/x/file", RO),
     case("-object rng-random,id=r,filename=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
     case("-object input-linux,id=i,evdev=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
     case("-object sev-guest,id=s,dh-cert-file=/x/file", ways.READ, "/x/file", RO),
     case("-object sev-guest,id=s,session-file=/x/file", ways.READ, "/x/file", RO),
     case("-object pr-manager-helper,id=p,path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
+    case(
+        '-object {"qom-type":"x-vfio-user-server","id":"v","socket":{"type":"unix","path":"/x/new"}}',
+        ways.LISTEN,
+        "/x/new",
+        "rw /x",
+    ),
+    case("-object tdx-guest,id=t,quote-generation-socket.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
+    case("-object sev-guest,id=s,sev-device=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
+    case("-object qtest,id=q,chardev=c,log=/x/new", ways.WRITE, "/x/new", NEW),
     # Displays
     case("-spice x509-dir=/x/dir", ways.DIRECTORY, "/x/dir", DIR_RO),
     *[case(f"-spice x509-{name}-file=/x/file", ways.READ, "/x/file", RO) for name in ("key", "cert", "cacert", "dh-key")],
@@ -170,10 +194,11 @@ CASES = [
     # Networks
     *[case(f"-{name} user,smb=/x/dir", ways.WRITE_DIRECTORY, "/x/dir", DIR_RW) for name in ("netdev", "nic", "net")],
     *[case(f"-{name} user,tftp=/x/dir", ways.DIRECTORY, "/x/dir", DIR_RO) for name in ("netdev", "nic", "net")],
-    case("-netdev stream,id=n,server=on,addr.type=unix,addr.path=/x/new", ways.MADE, "/x/new", "rw /x"),
+    case("-netdev stream,id=n,server=on,addr.type=unix,addr.path=/x/new", ways.LISTEN, "/x/new", "rw /x"),
     case("-netdev stream,id=n,addr.type=unix,addr.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
     case("-netdev dgram,id=n,local.type=unix,local.path=/x/new", ways.MADE, "/x/new", "rw /x"),
     case("-netdev dgram,id=n,remote.type=unix,remote.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
+    case("-netdev vde,id=n,sock=/x/dir", ways.WRITE_DIRECTORY, "/x/dir", DIR_RW),
     # Devices
     case("-tpmdev passthrough,id=t,path=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
     case("-tpmdev passthrough,id=t,cancel-path=/x/file", ways.WRITE, "/x/file", RW),
@@ -198,6 +223,7 @@ CASES = [
     ],
     Case(("-netdev", "dgram,id=n,local.type=inet,local.str=9"), (), (), (9,)),
     case("-incoming fd:9", ways.FD, "9", "fd 9", fds=(9,)),
+    case("-incoming exec:cat", ways.RUN, "cat"),
     case("-incoming unix:/x/new", ways.MADE, "/x/new", "rw /x"),
     case("-incoming file:/x/file,offset=0", ways.READ, "/x/file", RO),
     Case(("-incoming", "tcp:0:4444"), (), ()),

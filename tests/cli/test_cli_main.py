@@ -136,3 +136,18 @@ def test_every_row_of_a_plan_is_text() -> None:
         for row in rows:
             assert row
             assert all(isinstance(value, str) for value in row.values())
+
+
+@pytest.mark.qemu
+def test_explain_says_what_the_settings_add_to_the_monitors(tmp_path: Path) -> None:
+    ours = ["--qmp=a", "--qmp=%n", "--passthrough=raw", "--qmp.socket=path=/nowhere/s,access=read-only"]
+    done = qemu_userns("explain", "--json", *ours, "qemu-system-x86_64", "-nodefaults", "-name", "vm", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    plan = json.loads(done.stdout)
+    here = tmp_path.resolve()
+    assert [row["what"].partition(" (")[0] for row in plan["monitors"][1:]] == [f"{here}/a", f"{here}/vm"]
+    users = ", ".join(map(str, sorted({0, os.geteuid()})))
+    assert {row["clients"] for row in plan["monitors"][1:]} == {f"every command, for uid {users}"}
+    assert any(f"listens on {here}/raw" in row["what"] for row in plan["fds"])
+    assert [row["what"] for row in plan["refused"]] == ["QMP socket /nowhere/s"]
+    assert sorted(os.listdir(tmp_path)) == []

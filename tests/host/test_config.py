@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from qemu_userns.errors import UsageError
 from qemu_userns.host.config import Config, config_paths, configured_qemu, load_config, parse_userns_option
+from qemu_userns.host.settings import ABOUT_MONITORS
 from qemu_userns.host.subids import IdMapEntry, IdRange
+from qemu_userns.plan.rights import READ_ONLY, MonitorRights, Rights, SocketRights
 
 WHOLE = """
 fs = "host"
@@ -23,6 +25,29 @@ off = true
 [qemu]
 qemu-system-x86_64 = "/opt/qemu/bin/qemu-system-x86_64"
 """
+
+QMP = """
+passthrough = "/run/%n.raw"
+[[qmp.socket]]
+path = "/run/a,b/%u=%n,"
+access = "read-only"
+allow = ["query-*", "qom-get"]
+deny = ["query-fdsets"]
+users = ["root", 1000, "1001", 1000]
+mode = "0660"
+[[qmp.socket]]
+path = "/run/x"
+[[qmp.monitor]]
+name = "*"
+deny = ["quit"]
+[[qmp.monitor]]
+name = "compat_monitor0"
+"""
+SOCKETS = (
+    SocketRights("/run/a,b/%u=%n,", Rights(READ_ONLY, ("query-*", "qom-get"), ("query-fdsets",), (0, 1000, 1001)), 0o660),
+    SocketRights("/run/x"),
+)
+MONITORS = (MonitorRights("*", Rights(deny=("quit",))), MonitorRights("compat_monitor0", Rights()))
 
 
 def write(path: Path, text: str) -> str:
@@ -69,9 +94,53 @@ def test_the_cache_saves_parsing(file: Path, tmp_path: Path, monkeypatch: pytest
     assert load_config([str(file)], cache) == Config()
 
 
+def test_monitors_come_whole_out_of_a_file_and_out_of_the_cache(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Config(sockets=SOCKETS, monitors=MONITORS, passthrough="/run/%n.raw")
+    assert load_config([write(file, QMP)], f"{tmp_path}/cache") == expected
+    monkeypatch.setitem(sys.modules, "tomllib", None)  # an import would fail
+    assert load_config([str(file)], f"{tmp_path}/cache") == expected
+
+
+def test_a_later_list_of_tables_replaces_the_earlier(tmp_path: Path) -> None:
+    first = write(tmp_path / "1", QMP)
+    assert load_config([first, write(tmp_path / "2", "qmp.socket = []")], None).sockets == ()
+    assert load_config([first, write(tmp_path / "3", "qmp.socket = []")], None).monitors == MONITORS
+
+
 @pytest.mark.parametrize(
     ("text", "key", "why"),
     [
+        ('qmp = ["/x"]', "qmp", "is not a table"),
+        ('"qmp.socket" = []', "qmp.socket", "no such setting"),
+        ("qmp.sockets = []", "qmp.sockets", "no such setting"),
+        ("[qmp.socket]\npath = '/x'", "qmp.socket", "is not a list of tables"),
+        ("qmp.socket = ['/x']", "qmp.socket", "is not a list of tables"),
+        ("qmp.socket = [{}]", "qmp.socket", "has no path"),
+        ("qmp.socket = [{path = 5}]", "qmp.socket.path", "is not a str"),
+        ("qmp.socket = [{path = 'x'}]", "qmp.socket.path", "is not an absolute path"),
+        ("qmp.socket = [{path = '/x/'}]", "qmp.socket.path", "is not an absolute path"),
+        ("qmp.socket = [{path = '/%p'}]", "qmp.socket.path", "means nothing"),
+        ("qmp.socket = [{path = '/x', colour = 'red'}]", "qmp.socket.colour", "no such setting"),
+        ("qmp.socket = [{path = '/x', access = 'none'}]", "qmp.socket.access", "not a choice"),
+        ("qmp.socket = [{path = '/x', allow = 'quit'}]", "qmp.socket.allow", "is not a list"),
+        ("qmp.socket = [{path = '/x', allow = []}]", "qmp.socket.allow", "is an empty list"),
+        ("qmp.socket = [{path = '/x', allow = [1]}]", "qmp.socket.allow", "is not a list of str"),
+        ("qmp.socket = [{path = '/x', deny = ['a b']}]", "qmp.socket.deny", "is no QMP command"),
+        ("qmp.socket = [{path = '/x', deny = ['']}]", "qmp.socket.deny", "is no QMP command"),
+        ("qmp.socket = [{path = '/x', users = [true]}]", "qmp.socket.users", "is not a list of str"),
+        ("qmp.socket = [{path = '/x', users = ['no such user']}]", "qmp.socket.users", "there is no user"),
+        ("qmp.socket = [{path = '/x', users = [4294967295]}]", "qmp.socket.users", "there is no user"),
+        ("qmp.socket = [{path = '/x', users = [-1]}]", "qmp.socket.users", "there is no user"),
+        ("qmp.socket = [{path = '/x', mode = 0o600}]", "qmp.socket.mode", "is not a str"),
+        ("qmp.socket = [{path = '/x', mode = '0o600'}]", "qmp.socket.mode", "is no mode"),
+        ("qmp.socket = [{path = '/x', mode = '4755'}]", "qmp.socket.mode", "is no mode"),
+        ("qmp.socket = [{path = '/x', mode = '09'}]", "qmp.socket.mode", "is no mode"),
+        ("qmp.monitor = [{}]", "qmp.monitor", "has no name"),
+        ("qmp.monitor = [{name = 'a', path = '/x'}]", "qmp.monitor.path", "no such setting"),
+        ("passthrough = 1", "passthrough", "is not a str"),
+        ("passthrough = 'x'", "passthrough", "is not an absolute path"),
         ('colour = "red"', "colour", "no such setting"),
         ('"qemu.x" = "/x"', "qemu.x", "no such setting"),
         ("fs = 1", "fs", "is not a str"),
@@ -155,6 +224,20 @@ def test_options_override(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert parse_userns_option([("qemu.b", "/b")], config).qemu == (("a", "/a"), ("b", "/b"))
 
 
+def test_sockets_on_the_command_line_are_added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Config(sockets=SOCKETS)
+    found = parse_userns_option([("qmp", "a"), ("qmp", "/b"), ("passthrough", "c"), ("passthrough", "d")], config)
+    assert found.sockets == (*SOCKETS, SocketRights(f"{tmp_path}/a"), SocketRights("/b"))
+    assert found.passthrough == f"{tmp_path}/d"
+
+
+def test_a_table_on_the_command_line_is_a_list_of_members() -> None:
+    pairs = [("qmp.socket", "path=/a,access=read-only,allow=query-status,allow=stop"), ("qmp.socket", "path=/b"), ("qmp", "/c")]
+    read_only = SocketRights("/a", Rights(READ_ONLY, ("query-status", "stop")))
+    assert parse_userns_option(pairs, Config(sockets=SOCKETS)).sockets == (read_only, SocketRights("/b"), SocketRights("/c"))
+
+
 @pytest.mark.parametrize(
     ("word", "value"), [("on", True), ("yes", True), ("true", True), ("off", False), ("no", False), ("false", False)]
 )
@@ -163,7 +246,7 @@ def test_switch(word: str, value: bool) -> None:
 
 
 def test_wrong_option_is_named() -> None:
-    for pair in (("colour", "red"), ("fs", "all"), ("off", "maybe"), ("qemu", "")):
+    for pair in (("colour", "red"), ("fs", "all"), ("off", "maybe"), ("qemu", ""), ("qmp", ""), ("passthrough", "")):
         with pytest.raises(UsageError) as caught:
             parse_userns_option([pair], Config(), "run")
         assert caught.value.what == f"run: {pair[0]}"
@@ -197,7 +280,28 @@ def test_any_file_is_parsed_or_refused(file: Path, text: str) -> None:
         load_config([str(file)], None)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["fs", "pool", "idmap", "sandbox", "off", "qemu", "require", "x"]), st.text())))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["fs", "pool", "idmap", "sandbox", "off", "qemu", "require", "x", *ABOUT_MONITORS]), st.text())
+    )
+)
 def test_any_option_is_parsed_or_refused(pairs: "list[tuple[str, str]]") -> None:
+    with contextlib.suppress(UsageError):
+        parse_userns_option(pairs, Config())
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["qmp.socket", "qmp.monitor"]),
+            st.lists(
+                st.tuples(st.sampled_from(["path", "name", "access", "allow", "deny", "users", "mode", "x"]), st.text()),
+                max_size=5,
+            ),
+        )
+    )
+)
+def test_any_table_is_parsed_or_refused(tables: "list[tuple[str, list[tuple[str, str]]]]") -> None:
+    pairs = [(kind, ",".join(f"{key}={value}" for key, value in members)) for kind, members in tables]
     with contextlib.suppress(UsageError):
         parse_userns_option(pairs, Config())

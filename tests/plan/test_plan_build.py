@@ -149,8 +149,8 @@ def test_a_root_owned_disk_comes_in_an_fdset() -> None:
     plan = plan_of("-drive", "file=/x/file-root,if=none,id=a", root=True)
     assert asked_for(plan) == ["open /x/file-root r", "open /x/file-root rw"]
     added = words("-drive", "file=/x/file-root,if=none,id=a", root=True)
-    assert added[-2:] == ["-drive", "file=/dev/fdset/1000001,if=none,id=a"]
-    assert [word.split(",")[1:] for word in added[1:4:2]] == [["set=1000001", "opaque=/x/file-root"]] * 2
+    assert added[-2:] == ["-drive", "file=/dev/fdset/2000000001,if=none,id=a"]
+    assert [word.split(",")[1:] for word in added[1:4:2]] == [["set=2000000001", "opaque=/x/file-root"]] * 2
 
 
 def test_a_root_owned_disk_that_is_only_read_is_shown() -> None:

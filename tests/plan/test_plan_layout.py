@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_userns.plan.grants import Bind, Copy, Create, CreateDir, Grant, KeepFd, Link, Node, Private, Refuse
-from qemu_userns.plan.layout import build_layout, is_below
+from qemu_userns.plan.layout import build_layout, find_covered, find_shown, is_below
 
 NAMES = st.sampled_from(["a", "b", "ab", "a.b", "a-", "A"])
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map(lambda names: "/" + "/".join(names))
@@ -126,3 +126,82 @@ def test_a_device_and_a_file_at_one_path() -> None:
 )
 def test_is_below(path: str, directory: str, below: bool) -> None:
     assert is_below(path, directory) is below
+
+
+# --- hot-plug ---------------------------------------------------------------------------------------------------------
+
+LAUNCH = (
+    Private("tmp", "/tmp", 0o1777),
+    Bind("usr", "/usr"),
+    Bind("share", "/srv/share", writable=True),
+    Bind("disk", "/srv/disk", writable=True, inode=(1, 2)),
+    Bind("iso", "/srv/iso", inode=(1, 3)),
+    Bind("null", "/dev/null", True, True),
+    Node("node", "/dev/kvm", 5, False),
+    Link("link", "/var/run", "/run"),
+    CreateDir("big", "/var/tmp"),
+    Copy("copy", "/etc/passwd", "text"),
+    Create("log", "/srv/log", 0o600),
+    Bind("shadow", "/srv/mapped", owner=(0, 0)),
+)
+
+
+@pytest.mark.parametrize(
+    ("grant", "by"),
+    [
+        (Bind("new", "/srv/new"), None),
+        (Bind("new", "/tmp/new"), None),
+        (Bind("new", "/usr/share/rom"), "/usr"),
+        (Bind("new", "/usr/share/rom", writable=True), None),
+        (Bind("new", "/srv/share/deep/file", writable=True), "/srv/share"),
+        (Bind("new", "/srv/share/node", writable=True, device=True), None),
+        (Bind("new", "/srv/share/secret", owner=(0, 0)), None),
+        (Bind("new", "/srv/disk"), "/srv/disk"),
+        (Bind("new", "/srv/disk", inode=(1, 2)), "/srv/disk"),
+        (Bind("new", "/srv/disk", inode=(1, 9)), None),
+        (Bind("new", "/srv/iso", inode=(1, 3)), "/srv/iso"),
+        (Bind("new", "/srv/iso", writable=True, inode=(1, 3)), None),
+        (Bind("new", "/dev/null", True, True), "/dev/null"),
+        (Bind("new", "/dev/kvm", True, True), None),
+        (Node("new", "/dev/kvm", 5, False), "/dev/kvm"),
+        (Node("new", "/dev/kvm", 6, False), None),
+        (Link("new", "/var/run", "/run"), "/var/run"),
+        (Link("new", "/var/run", "/elsewhere"), None),
+        (Link("new", "/usr/link", "target"), "/usr"),
+        (Bind("new", "/var/run/file"), None),
+        (Bind("new", "/var/tmp", writable=True), "/var/tmp"),
+        (Bind("new", "/etc/passwd"), None),
+        (Create("new", "/srv/log", 0o600), None),
+        (Create("new", "/srv/share/log", 0o600), "/srv/share"),
+        (Bind("new", "/srv/mapped", owner=(0, 0)), "/srv/mapped"),
+        (Bind("new", "/srv/mapped"), None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value and value.describe(),
+)
+def test_what_a_hot_plug_finds_shown_already(grant: Bind | Node | Link | Create, by: str | None) -> None:
+    found = find_shown(LAUNCH, grant)
+    assert (found and found.path) == by
+
+
+def test_of_two_at_one_path_the_later_one_is_seen() -> None:
+    first, second = Bind("first", "/disk", inode=(1, 1)), Bind("second", "/disk", inode=(1, 2))
+    assert find_shown((first, second), first) is None
+    assert find_shown((first, second), second) is second
+
+
+@given(st.lists(GRANTS, max_size=12))
+def test_what_a_layout_holds_is_shown_unless_it_is_new_or_private(grants: list[Grant]) -> None:
+    layout = build_layout(grants)
+    for grant in layout:
+        assert (find_shown(layout, grant) is grant) == isinstance(grant, Bind | Link | Node)
+
+
+def test_what_a_directory_covers() -> None:
+    assert [grant.path for grant in find_covered(LAUNCH, "/srv")] == [
+        "/srv/share",
+        "/srv/disk",
+        "/srv/iso",
+        "/srv/log",
+        "/srv/mapped",
+    ]
+    assert find_covered(LAUNCH, "/srv/share") == ()

@@ -34,7 +34,7 @@ def host(tmp_path: Path) -> Path:
 
 
 def opened_for(grants: list[Grant]) -> Opened:
-    opened = Opened(lambda _: None)
+    opened = Opened((), lambda _: None)
     opened.layout = build_layout(
         [Bind("python", path) for path in ("/usr", "/lib", "/lib64") if not os.path.islink(path)] + grants
     )
@@ -214,7 +214,7 @@ def test_nothing_is_left_on_the_host(host: Path) -> None:
 
 def test_the_whole_host_read_only_but_for_what_is_granted(host: Path) -> None:
     def look() -> tuple[str, str]:
-        opened = Opened(lambda _: None)
+        opened = Opened((), lambda _: None)
         opened.layout = (bind(host / "image", writable=True),)
         overlay_host(opened, str(host), read_only=True)
         (host / "image").write_text("written")
@@ -229,7 +229,7 @@ def test_the_whole_host_read_only_but_for_what_is_granted(host: Path) -> None:
 
 def test_the_whole_host(host: Path) -> None:
     def look() -> tuple[str, str]:
-        opened = Opened(lambda _: None)
+        opened = Opened((), lambda _: None)
         opened.layout = (Copy("test", str(host / "secret"), "copy"),)
         overlay_host(opened, str(host), read_only=False)
         return Path("secret").read_text(), (host / "data/other").read_text()

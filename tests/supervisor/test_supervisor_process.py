@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_userns.host.leftovers import Leftover, decode, encode, remove
+from qemu_userns.plan.facts import Account, Caller
 from qemu_userns.plan.identity import DIRECT, SELF, Identity, MapEntry
+from qemu_userns.plan.plan import NO_HOST
 from qemu_userns.supervisor import main as supervisor_main
-from qemu_userns.supervisor.process import Supervisor, fork_supervisor
+from qemu_userns.supervisor.process import COMMIT, Supervisor, fork_supervisor
+from qemu_userns.supervisor.state import State, write_state
 from tests.forked import in_child
 
 UID, GID = os.geteuid(), os.getegid()
@@ -89,9 +93,15 @@ def test_a_symlink_to_a_file_that_was_created_stays(tmp_path: Path) -> None:
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
-def in_launcher(function: Callable[[Supervisor], Any], leased: bool = False) -> Any:
-    """Be a launcher in a child process; it ends after `function`, and its pipes with it."""
-    return in_child(lambda: function(fork_supervisor(OWN, leased)))
+def in_launcher(function: Callable[[Supervisor], Any]) -> Any:
+    """Be a launcher in a child process; it ends after `function`, and its sockets with it."""
+    return in_child(lambda: function(fork_supervisor(OWN, "")))
+
+
+def a_state(*leftovers: Leftover, daemonizes: bool = False) -> State:
+    caller = Caller(Account("user", UID, GID, ()), UID == 0, "/", 0o022, 1024, frozenset())
+    names = ("name", "uuid", "/usr/bin/qemu", (7, 2, 0))
+    return State(os.getpid(), *names, daemonizes, "", NO_HOST, OWN, caller, leftovers=leftovers)
 
 
 def close_all(fds: Iterable[int]) -> None:
@@ -125,6 +135,7 @@ def test_without_commit_everything_that_was_created_goes(tmp_path: Path, joined:
         supervisor.note(leftover(folder / "temporary"))
         if joined:
             close_all(supervisor.open_namespaces())
+            supervisor.hand_over([write_state(a_state(leftover(folder / "kept", False), leftover(folder / "temporary")))])
 
     in_launcher(launcher)
     wait_until(lambda: not list(folder.iterdir()))
@@ -137,42 +148,34 @@ def test_after_commit_what_is_temporary_goes_at_the_end(tmp_path: Path) -> None:
         (folder / name).touch()
     hold_read, hold_write = os.pipe()
 
-    def launcher(supervisor: Supervisor) -> str:
+    def launcher(supervisor: Supervisor) -> None:
         os.close(hold_write)
-        supervisor.note(leftover(folder / "kept", False))
-        supervisor.note(leftover(folder / "temporary"))
         close_all(supervisor.open_namespaces())
-        supervisor.note(leftover(folder / "not ours"))  # too late: all files are made before
-        assert supervisor.stays
+        state = a_state(leftover(folder / "kept", False), leftover(folder / "temporary"), daemonizes=True)
+        supervisor.hand_over([write_state(state)])
         supervisor.commit()
-        if os.fork() == 0:  # QEMU, which keeps the pipe and nothing of this test
-            for fd in set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, hold_read, supervisor.request_fd}:
+        if os.fork() == 0:  # QEMU, which keeps the channel and nothing of this test
+            for fd in set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, hold_read, supervisor.channel_fd}:
                 with contextlib.suppress(OSError):
                     os.close(fd)
+            os.write(supervisor.channel_fd, b"whatever QEMU says")
             os.read(hold_read, 1)
             os._exit(0)
-        return os.readlink(f"/proc/self/fd/{supervisor.request_fd}")
 
+    held = str(folder / "temporary")  # open, so that its inode number is not given to a file of the next VM
     try:
-        pipe = in_launcher(launcher)
+        in_launcher(launcher)
         # Waiting, it has become main.py: its command line says nothing of the caller's.
-        found: list[int] = []
-
-        def is_main() -> bool:
-            found[:] = supervisors_of(pipe)
-            return len(found) == 1 and Path(f"/proc/{found[0]}/cmdline").read_bytes().startswith(b"qemu-userns-supervisor")
-
-        wait_until(is_main)
-        (pid,) = found
+        wait_until(lambda: len(supervisors_of(held)) == 1)
+        (pid,) = supervisors_of(held)
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
         assert command[0] == b"qemu-userns-supervisor"
-        assert command[-1] == b"own"
         assert str(folder).encode() not in b" ".join(command)
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
         assert os.getsid(pid) != os.getsid(0)
-        # Once the interpreter has started, it has read its memfd and closed it.
-        held = str(folder / "temporary")  # so that its inode number is not given to a file of the next VM
-        wait_until(lambda: fds_of(pid) == sorted(["/dev/null", "/dev/null", "/dev/null", held, pipe]))
+        # Once the interpreter has started, it has read its memfd and closed it: the channel and a pidfd are left.
+        wait_until(lambda: len(fds_of(pid)) == 6)
+        assert fds_of(pid)[:3] == ["/dev/null", "/dev/null", "/dev/null"]
         assert sorted(path.name for path in folder.iterdir()) == ["kept", "not ours", "temporary"]
     finally:
         os.close(hold_read)
@@ -188,42 +191,57 @@ def fds_of(pid: int) -> list[str]:
     return []
 
 
-def supervisors_of(pipe: str) -> list[int]:
-    """Return the waiting supervisor that has an end of this pipe."""
+def supervisors_of(held: str) -> list[int]:
+    """Return the waiting supervisors that hold a file."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             ours = (entry / "cmdline").read_bytes().startswith(b"qemu-userns-supervisor\0")
-            if ours and pipe in [os.readlink(fd) for fd in (entry / "fd").iterdir()]:
+            if ours and held in fds_of(int(entry.name)):
                 found.append(int(entry.name))
     return found
 
 
 @pytest.mark.userns
 def test_with_nothing_to_do_it_ends_at_commit() -> None:
-    def launcher(supervisor: Supervisor) -> bool:
+    def launcher(supervisor: Supervisor) -> int:
         close_all(supervisor.open_namespaces())
+        supervisor.hand_over(())
         supervisor.commit()
-        return supervisor.stays
+        return len(os.read(supervisor.channel_fd, 1))  # the other end is closed
 
-    assert in_launcher(launcher) is False
+    assert in_launcher(launcher) == 0
 
 
-def test_main_waits_for_the_end_of_the_pipe(tmp_path: Path) -> None:
-    """main.py as it is started: bytes in the pipe mean nothing, its end means that QEMU has ended."""
+@pytest.mark.parametrize("daemonizes", [False, True])
+def test_main_waits_for_the_end_of_qemu(tmp_path: Path, daemonizes: bool) -> None:
+    """main.py as it is started. QEMU's end is its process's; of a daemon, whose pid is not known, that of the channel."""
     folder = tmp_path.resolve()
     (folder / "file").touch()
-    state = os.memfd_create("state", 0)
-    os.write(state, os.fsencode(encode(leftover(folder / "file")) + "\0"))
-    read, write = os.pipe()
-    script = supervisor_main.__file__
-    process = subprocess.Popen([sys.executable, "-I", "-S", script, str(read), str(state), "own"], pass_fds=(read, state))
-    os.close(read)
-    os.close(state)
-    os.write(write, b"whatever QEMU says\0commit\0")
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.3)
-    assert (folder / "file").exists()
-    os.close(write)
-    assert process.wait(WAIT_S) == 0
+    state = write_state(a_state(leftover(folder / "file"), daemonizes=daemonizes))
+    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with subprocess.Popen(["sleep", "60"]) as qemu:
+        pidfd = os.pidfd_open(qemu.pid)
+        fds = (theirs.fileno(), pidfd, state)
+        command = [sys.executable, "-I", "-S", supervisor_main.__file__, *map(str, fds)]
+        process = subprocess.Popen(command, pass_fds=fds)
+        theirs.close()
+        os.close(pidfd)
+        os.close(state)
+        ours.send(COMMIT.encode())
+        ours.send(b"whatever QEMU says")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        assert (folder / "file").exists()
+        if daemonizes:
+            qemu.kill()
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.3)
+            ours.close()
+        else:
+            ours.close()
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.3)
+            qemu.kill()
+        assert process.wait(WAIT_S) == 0
     assert not (folder / "file").exists()

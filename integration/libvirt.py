@@ -1,0 +1,246 @@
+"""libvirt's session daemon, started by hand in a folder of its own, and a domain that is the test guest.
+
+with session(folder, user) as libvirt:
+    domain = Domain(libvirt, "vm", emulator)
+    domain.define()
+    with domain.started() as guest:
+        guest.check("true")
+
+Everything that libvirt makes is in `folder`. For root, libvirt has one system driver and no session (it takes
+qemu:///session of root's for qemu:///system, whose files are all over the host): root's tests start it as another user.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import pwd
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from integration.talk import as_user, connected, is_alive, started, wait_until
+from integration.vm import RunningGuest, guest_files, user_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+LIBVIRTD = "/usr/sbin/libvirtd"  # not on every user's PATH
+URI = "qemu:///session"
+LIMIT_S = 120.0
+BOOT_S = 120.0
+# More than libvirt makes for what the domain has: hot-plugged devices need a free port each.
+FREE_PORTS = 4
+
+
+class LibvirtError(Exception):
+    """virsh has failed; the text is its stderr, and the end of the domain's log."""
+
+
+class Libvirt:
+    """A running daemon, and virsh."""
+
+    def __init__(self, folder: Path, user: str) -> None:
+        """Make libvirt's folders below `folder`, which is the user's."""
+        self.folder, self.user = folder, user
+        entry = pwd.getpwnam(user)
+        self.environment = user_environment(entry)
+        names = {"HOME": "home", "XDG_RUNTIME_DIR": "run", "XDG_CONFIG_HOME": "config", "XDG_CACHE_HOME": "cache"}
+        for variable, name in {**names, "XDG_DATA_HOME": "data"}.items():
+            path = folder / name
+            path.mkdir(mode=0o700)
+            os.chown(path, entry.pw_uid, entry.pw_gid)
+            self.environment[variable] = str(path)
+        self._settings = folder / "libvirtd.conf"
+        self._settings.write_text(f'log_level = 3\nlog_outputs = "3:file:{folder / "home" / "libvirtd.log"}"\n')
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Run the daemon; its domains stay when it goes."""
+        command = as_user(self.user, LIBVIRTD, "-f", str(self._settings))
+        socket_file = self.folder / "run/libvirt/libvirt-sock"
+        with started(command, env=self.environment, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            wait_until(lambda: socket_file.is_socket() or process.poll() is not None, "libvirtd's socket")
+            assert process.poll() is None, f"libvirtd ended: {self._read('home/libvirtd.log')}"
+            try:
+                yield
+            finally:
+                process.terminate()
+                process.wait(LIMIT_S)
+
+    def virsh(self, *words: str) -> str:
+        """Run virsh, which must succeed; return what it prints.
+
+        Raises:
+            LibvirtError: it has not.
+        """
+        command = as_user(self.user, "virsh", "--quiet", "--connect", URI, *words)
+        done = subprocess.run(command, env=self.environment, cwd="/", capture_output=True, text=True, timeout=LIMIT_S)
+        if done.returncode != 0:
+            raise LibvirtError(f"virsh {' '.join(words)}: {done.stderr.strip()}\n{self.read_last_words()}")
+        return done.stdout.strip()
+
+    def read_last_words(self) -> str:
+        """Return the end of what QEMU wrote for the newest domain, without the words that it was started with."""
+        logs = sorted((self.folder / "cache/libvirt/qemu/log").glob("*.log"), key=lambda path: path.stat().st_mtime)
+        lines = [line for path in logs[-1:] for line in self._read(path).splitlines() if not line.endswith("\\")]
+        return "\n".join(lines[-10:])
+
+    def find_pid(self, domain: str) -> int:
+        """Return the pid of a domain's QEMU, as libvirt knows it."""
+        return int((self.folder / f"run/libvirt/qemu/run/{domain}.pid").read_text())
+
+    def end_programs(self) -> None:
+        """End what a daemon leaves behind: the log daemon, and after a failure QEMUs too."""
+        pid_files = [self.folder / "run/libvirt/virtlogd.pid", *(self.folder / "run/libvirt/qemu/run").glob("*.pid")]
+        for path in pid_files:
+            with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+                pid = int(path.read_text())
+                if str(self.folder) in _environment_of(pid):  # pids are used again
+                    os.kill(pid, signal.SIGTERM if path.name == "virtlogd.pid" else signal.SIGKILL)
+                    wait_until(lambda pid=pid: not is_alive(pid), f"the end of {path.name}")  # type: ignore[misc]
+
+    def _read(self, path: Path | str) -> str:
+        return (self.folder / path).read_text(errors="replace")
+
+
+def _environment_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/environ").read_text(errors="replace") + Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+
+
+@contextlib.contextmanager
+def session(folder: Path, user: str) -> Iterator[Libvirt]:
+    """Make libvirt's folders, and end what it started. The daemon is not yet started."""
+    libvirt = Libvirt(folder, user)
+    try:
+        yield libvirt
+    finally:
+        libvirt.end_programs()
+
+
+class Domain:
+    """The test guest as a domain; its files are in a folder beside libvirt's."""
+
+    def __init__(self, libvirt: Libvirt, name: str, emulator: str) -> None:
+        self.libvirt, self.name, self.emulator = libvirt, name, emulator
+        self.home = libvirt.folder / name
+        self.home.mkdir()
+        entry = pwd.getpwnam(libvirt.user)
+        os.chown(self.home, entry.pw_uid, entry.pw_gid)
+
+    @property
+    def pid(self) -> int:
+        return self.libvirt.find_pid(self.name)
+
+    @property
+    def state(self) -> str:
+        return self.virsh("domstate", "--reason")
+
+    @property
+    def console(self) -> str:
+        path = self.home / "console"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def virsh(self, command: str, *words: str) -> str:
+        """Run a virsh command about this domain."""
+        return self.libvirt.virsh(command, self.name, *words)
+
+    def define(self, *devices: str) -> None:
+        """Tell libvirt about the domain."""
+        self.libvirt.virsh("define", self._write("domain.xml", self._describe(devices)))
+
+    def attach(self, device: str) -> None:
+        """Plug a device into the running domain."""
+        self.virsh("attach-device", self._write("device.xml", device), "--live")
+
+    def detach(self, device: str) -> None:
+        """Unplug a device; libvirt waits some seconds for the guest to let go of it."""
+        self.virsh("detach-device", self._write("device.xml", device), "--live")
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[DomainGuest]:
+        """Start the domain, wait until its guest has booted, and destroy it at the end."""
+        self.virsh("start")
+        with self.talking() as guest, self.destroyed_at_the_end():
+            guest.wait_ready()
+            yield guest
+
+    @contextlib.contextmanager
+    def destroyed_at_the_end(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.name in self.libvirt.virsh("list", "--name").split():
+                self.virsh("destroy")
+
+    @contextlib.contextmanager
+    def talking(self) -> Iterator[DomainGuest]:
+        """Connect to the guest's command port. The guest powers off when it is closed."""
+        with connected(self.home / "command") as channel:
+            yield DomainGuest(channel, self.home)
+
+    def make_disk(self, name: str, *options: str, size: str = "4M") -> Path:
+        """Make an image that is the user's."""
+        path = self.home / name
+        command = as_user(self.libvirt.user, "qemu-img", "create", "-q", *options, str(path), size)
+        subprocess.run(command, check=True, cwd="/")
+        return path
+
+    def _write(self, name: str, text: str) -> str:
+        path = self.home / name
+        path.write_text(text)
+        return str(path)
+
+    def _describe(self, devices: Sequence[str]) -> str:
+        files = guest_files()
+        return f"""
+            <domain type='qemu'>
+              <name>{self.name}</name>
+              <memory unit='MiB'>256</memory>
+              <vcpu>1</vcpu>
+              <os>
+                <type arch='x86_64' machine='q35'>hvm</type>
+                <kernel>{files.kernel}</kernel>
+                <initrd>{files.initramfs}</initrd>
+                <cmdline>console=ttyS0 panic=-1 oops=panic qemu_userns_serve</cmdline>
+              </os>
+              <features><acpi/></features>
+              <devices>
+                <emulator>{self.emulator}</emulator>
+                <controller type='pci' index='0' model='pcie-root'/>
+                {"<controller type='pci' model='pcie-root-port'/>" * FREE_PORTS}
+                <controller type='usb' model='none'/>
+                <serial type='file'><source path='{self.home / "console"}'/></serial>
+                <channel type='unix'>
+                  <source mode='bind' path='{self.home / "command"}'/>
+                  <target type='virtio' name='qemu-userns.command'/>
+                </channel>
+                <memballoon model='none'/>
+                {"".join(devices)}
+              </devices>
+            </domain>"""
+
+
+class DomainGuest(RunningGuest):
+    """A guest whose QEMU is none of our children: it is asked, and ended through libvirt."""
+
+    def __init__(self, channel: socket.socket, home: Path) -> None:
+        self.home = home
+        self._channel = channel
+        self._timeout_s = BOOT_S
+        self._received = b""
+
+    def run_and_leave(self, command: str) -> None:
+        """Run shell commands that answer nothing: the guest ends."""
+        self._channel.sendall(base64.b64encode(command.encode()) + b"\n")
+
+
+def disk(path: Path, target: str, form: str = "qcow2") -> str:
+    """Return the XML of a disk."""
+    return f"""
+        <disk type='file' device='disk'>
+          <driver name='qemu' type='{form}'/><source file='{path}'/><target dev='{target}' bus='virtio'/><serial>{target}</serial>
+        </disk>"""

@@ -1,0 +1,176 @@
+"""Hand over QMP monitors: the public end is the supervisor's, QEMU gets a private socket in its place. Pure."""
+
+from qemu_userns.catalogue.monitors import find_monitors, find_untouched
+from qemu_userns.cmdline.objects import as_switch
+from qemu_userns.cmdline.source import append, remove, replace
+from qemu_userns.plan.facts import ABSENT, SOCKET
+from qemu_userns.plan.grants import CONNECT, FD, LISTEN, OWN, STDIO, Listen, Monitor, QmpSocket, Reserved
+from qemu_userns.plan.rights import expand_path, find_rights
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qemu_userns.catalogue.monitors import MonitorDevice
+    from qemu_userns.cmdline.objects import CommandLine, Object
+    from qemu_userns.plan.build import Settings
+    from qemu_userns.plan.draft import Draft
+    from qemu_userns.plan.rights import MonitorRights, SocketRights
+
+# What says where a socket leads, and how it behaves, which is the supervisor's affair now.
+_ADDRESS = ("path", "host", "port", "fd", "abstract", "tight", "to", "ipv4", "ipv6", "keep-alive", "mptcp", "nodelay", "delay")
+_BEHAVIOUR = ("server", "wait", "reconnect", "reconnect-ms", "signal")
+OWN_LABEL = "qemu-userns"
+PASSTHROUGH_LABEL = "qemu-userns-passthrough"
+
+
+def serve_monitors(draft: "Draft", commandline: "CommandLine", settings: "Settings") -> "list[Object]":
+    """Plan all QMP monitors: the caller's, our own sockets, and the one that is passed through.
+
+    Returns:
+        What of the command line needs no other handover.
+    """
+    served = [device.obj for device in find_monitors(commandline) if serve_monitor(draft, device, settings.monitors)]
+    for device in find_untouched(commandline):
+        label = _label(draft, device)
+        if find_rights(settings.monitors, label).restricted:
+            draft.refuse(
+                f"monitor {label}",
+                "the settings restrict it, and it is one that QEMU serves by itself",
+                "give it a plain socket of its own, without TLS, telnet, websocket or mux, or leave it out of [[qmp.monitor]]",
+            )
+    if settings.sockets:
+        add_sockets(draft, settings.sockets)
+    if settings.passthrough:
+        add_passthrough(draft, settings.passthrough)
+    return served
+
+
+def serve_monitor(draft: "Draft", device: "MonitorDevice", rules: "Sequence[MonitorRights]" = ()) -> bool:
+    """Give QEMU a private socket in place of a monitor's own; return whether the caller's needs no other handover."""
+    grant = _build_grant(draft, device)
+    if grant is None:
+        return False
+    grant = grant.replace(rights=find_rights(rules, grant.label))
+    if grant.rights.users and "port" in dict(grant.options):
+        draft.refuse(f"monitor {grant.label}", "the settings name its users, and peers over TCP have no uid", "use a unix socket")
+    draft.add(grant)
+    why = f"the supervisor serves this monitor; QEMU gets fd {grant.number}"
+    members = (("fd", str(grant.number)), ("server", "on"), ("wait", "on" if grant.wait else "off"))
+    if device.legacy is not None:
+        kept = tuple((key, value) for key, value in device.legacy.members if key not in (*_ADDRESS, *_BEHAVIOUR))
+        draft.legacy_to_chardev(device.obj, device.legacy.replace(backend="socket", members=(*members, *kept)), why)
+        return True
+    obj = device.obj
+    if device.backend != "socket":
+        draft.edits += [replace(member, "socket", why) for member in obj.find_all("backend")[-1:]]
+    draft.edits += [remove(obj, member, why) for member in obj.members if member.key in (*_ADDRESS, *_BEHAVIOUR)]
+    draft.edits += [append(obj, key, value, why) for key, value in members]
+    return True
+
+
+def add_sockets(draft: "Draft", asked: "Sequence[SocketRights]") -> None:
+    """Add sockets of ours, on a monitor of the caller's that is like a new one, else on one of our own.
+
+    A client of such a socket must not count as the one that a monitor with `wait=on` has QEMU wait for.
+    """
+    if not _find_plain(draft):
+        add_own_monitor(draft)
+    label = _find_plain(draft)[0].label
+    caller = draft.facts.caller.account.uid
+    for socket in asked:
+        users = socket.rights.users or tuple(sorted({0, caller}))
+        place = _find_place(draft, "QMP socket", socket.path)
+        if place is not None:
+            rights = socket.rights.replace(users=users)
+            draft.add(QmpSocket("a QMP socket of the settings", label, place[1], place[0], socket.mode, rights))
+
+
+def _find_plain(draft: "Draft") -> "list[Monitor]":
+    """Return the monitors on which more clients make no difference."""
+    return [grant for grant in draft.grants if isinstance(grant, Monitor) and not grant.wait and not grant.pretty]
+
+
+def add_passthrough(draft: "Draft", path: str) -> None:
+    """Add a monitor of QEMU's own on a socket that is made outside."""
+    place = _find_place(draft, "passthrough", path)
+    if place is not None:
+        number, config = draft.next_fd(), draft.next_fd()
+        draft.add(Listen("passthrough: a monitor that QEMU serves by itself", place[1], place[0], number))
+        add_monitor_config(draft, PASSTHROUGH_LABEL, number, config)
+
+
+def _find_place(draft: "Draft", what: str, path: str) -> "tuple[str, str] | None":
+    """Return a socket's path for this VM, as it is spelled and the real one; None if it is refused."""
+    given = expand_path(path, draft.objects)
+    if given is None:
+        hint = "give -name and -uuid, the name without a slash, or a path without %n and %u"
+        draft.refuse(f"{what} {path}", "the command line does not say the name or uuid in it", hint)
+        return None
+    fact = draft.path(given)
+    taken = [grant.path for grant in draft.grants if isinstance(grant, Listen | Monitor | QmpSocket)]
+    if fact.error is not None or not fact.parent_writable:
+        draft.refuse(f"{what} {given}", fact.error or "Permission denied", "the caller cannot make a socket there")
+    elif fact.kind not in (ABSENT, SOCKET):
+        draft.refuse(f"{what} {given}", f"there is a {fact.kind}", "name a path where nothing is, or an old socket")
+    elif fact.real in taken:
+        draft.refuse(f"{what} {given}", "another socket of this VM has this path", "name another one")
+    else:
+        return given, fact.real
+    return None
+
+
+def add_own_monitor(draft: "Draft") -> None:
+    """Add a monitor of our own, in a configuration file: as an option it would take the default monitor away (vl.c)."""
+    number, way_in, config = draft.next_fd(), draft.next_fd(), draft.next_fd()
+    draft.add(Monitor("our own QMP sockets", OWN, OWN_LABEL, False, number, way_in))
+    add_monitor_config(draft, OWN_LABEL, number, config)
+
+
+def add_monitor_config(draft: "Draft", label: str, number: int, config: int) -> None:
+    """Have QEMU read a configuration file with a QMP monitor on a listening socket."""
+    sections = f'[chardev "{label}"]\n  backend = "socket"\n  fd = "{number}"\n  server = "on"\n  wait = "off"\n'
+    sections += f'[mon "{label}"]\n  chardev = "{label}"\n  mode = "control"\n'
+    draft.add(Reserved(f"a configuration file that adds the monitor {label}", f"config of {label}", config, content=sections))
+    draft.words += ("-readconfig", f"/dev/fd/{config}")
+
+
+def _label(draft: "Draft", device: "MonitorDevice") -> str:
+    """Return the label of a monitor's character device."""
+    return draft.label(device.obj) if device.legacy is not None else device.obj.id or ""
+
+
+def _build_grant(draft: "Draft", device: "MonitorDevice") -> "Monitor | None":
+    """Return the grant of a monitor; None where it is left to the handover of any other device, which refuses what cannot be."""
+    obj = device.obj
+    why = f"-{obj.kind}" if device.legacy is not None else f"-chardev {obj.id}"
+    label = _label(draft, device)
+    number = draft.next_fd()
+    options = tuple((key, device.get(key)) for key in (*_ADDRESS, *_BEHAVIOUR) if device.get(key))
+    grant = Monitor(why, STDIO, label, device.pretty, number, draft.next_fd(), options=options)
+    if device.backend == "stdio":
+        return grant
+    # QEMU waits for a client unless it is told not to.
+    wait = device.listens and as_switch(device.get("wait") or "on") == "on"
+    grant = grant.replace(kind=LISTEN if device.listens else CONNECT, listens=device.listens, wait=wait)
+    if device.get("fd"):
+        if not device.get("fd").isdecimal() or int(device.get("fd")) not in draft.facts.caller.open_fds:
+            return None
+        # The private socket takes the number of the caller's fd, which goes to the supervisor.
+        return grant.replace(kind=FD, given=device.get("fd"), number=int(device.get("fd")))
+    if device.get("port"):
+        return grant.replace(given=f"{device.get('host')}:{device.get('port')}")
+    path = device.get("path")
+    if not path:
+        return None
+    if as_switch(device.get("abstract")) == "on":
+        return grant.replace(given=path)
+    return _check_path(draft, grant.replace(given=path))
+
+
+def _check_path(draft: "Draft", grant: Monitor) -> "Monitor | None":
+    """Return the grant with the real path of a socket, None where the caller cannot make the one to be listened on."""
+    fact = draft.path(grant.given)
+    if grant.listens and (fact.error is not None or not fact.parent_writable):
+        return None
+    return grant.replace(path=fact.real)

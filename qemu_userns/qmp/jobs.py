@@ -1,0 +1,239 @@
+"""Dialogues with QEMU, one at a time: what is sent for a client's command, and what becomes of the replies.
+
+Each is a generator that yields bytes and fds for QEMU and is sent the reply. A client that leaves meanwhile changes nothing but
+that it is told nothing more, and that what is only being prepared for it is undone.
+"""
+
+from qemu_userns.qmp.clients import list_fds
+from qemu_userns.qmp.message import (
+    GENERIC,
+    NEGOTIATED,
+    NOT_FOUND,
+    build_command,
+    build_error,
+    build_return,
+    get_dict,
+    not_found,
+)
+from qemu_userns.qmp.shared import Chore, restore_names
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qemu_userns.qmp.actions import Prepared
+    from qemu_userns.qmp.clients import Client, Opening
+    from qemu_userns.qmp.message import Command, Reply
+    from qemu_userns.qmp.shared import Job, Shared
+
+INT64 = range(-(1 << 63), 1 << 63)
+
+
+def greet(shared: "Shared") -> "Job":
+    """Negotiate the session's own capabilities with QEMU."""
+    enable: dict[str, object] = {"enable": ["oob"]} if "oob" in shared.offered else {}
+    reply = yield shared.ask("qmp_capabilities", **enable), ()
+    shared.ready = reply.kind == "return"
+
+
+def negotiate(shared: "Shared", client: "Client", command: "Command") -> "Job":
+    """Let QEMU look at a client's qmp_capabilities: with nothing wrong in it, it says that the session has negotiated already."""
+    reply = yield command.encode(), ()
+    error = get_dict(reply.value, "error")
+    if error.get("class") != NOT_FOUND or error.get("desc") != NEGOTIATED:
+        shared.tell(client, reply.line)
+        return
+    listed = command.arguments.get("enable")
+    enable = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    missing = [name for name in enable if name not in shared.offered]
+    if missing:
+        shared.tell_error(client, GENERIC, f"Capability {', '.join(missing)} not available", command.id)
+        return
+    client.negotiated = True
+    client.oob = "oob" in enable
+    shared.tell(client, build_return({}, command.id, shared.pretty))
+
+
+def pass_malformed(shared: "Shared", client: "Client", raw: bytes) -> "Job":
+    """Let QEMU answer what is no command.
+
+    Whatever state its lexer is in then, 0xFF makes it report an error and start anew; the reply to our command behind it tells
+    that all replies have come. The client gets them but for that last error.
+    """
+    sentinel = shared.next_id()
+    reply = yield raw + b"\n\xff" + build_command("qmp_capabilities", {}, sentinel), ()
+    before: Reply | None = None
+    while sentinel.encode() not in reply.line:
+        if before:
+            shared.tell(client, before.line)
+        before = reply
+        reply = yield b"", ()
+
+
+def run_command(shared: "Shared", client: "Client", command: "Command") -> "Job":
+    """Send a command and pass the reply on."""
+    special = _SPECIAL.get(command.name)
+    if special:
+        return special(shared, client, command)
+    return _relay(shared, client, command)
+
+
+def _relay(shared: "Shared", client: "Client", command: "Command") -> "Job":
+    rewritten = shared.rewrite(client, command)
+    reply = yield rewritten.text.encode("utf-8", "surrogateescape"), ()
+    if reply.kind == "return":
+        shared.conclude(client, command, rewritten.names)
+        shared.tell(client, reply.line)
+    else:
+        shared.tell(client, restore_names(reply.line, rewritten.renamed))
+
+
+def _get_fd(shared: "Shared", client: "Client", command: "Command") -> "Job":
+    """Pass getfd on with the client's pending fd; wrong arguments leave that pending, as QEMU does."""
+    name = command.arguments.get("fdname")
+    if not isinstance(name, str) or len(command.arguments) != 1:
+        yield from _relay(shared, client, command)
+        return
+    fds = client.replace_pending(None)
+    suffix = shared.names.choose(client.number, name)
+    data = build_command("getfd", {"fdname": name + suffix}, command.id) if suffix else command.encode()
+    reply = yield data, fds
+    if reply.kind == "return":
+        shared.names.hold(shared.get_holder(client), name, suffix)
+    shared.tell(client, reply.line)
+    if fds and reply.kind != "return":
+        yield from _drain(shared)
+
+
+def _add_fd(shared: "Shared", client: "Client", command: "Command") -> "Job":
+    """Pass add-fd on with the client's pending fd, except into an fdset of ours."""
+    fdset = command.arguments.get("fdset-id", 0)
+    known = command.arguments.keys() <= {"fdset-id", "opaque"} and isinstance(command.arguments.get("opaque", ""), str)
+    if not known or isinstance(fdset, bool) or not isinstance(fdset, int) or fdset not in INT64:
+        yield from _relay(shared, client, command)
+        return
+    fds = client.replace_pending(None)
+    if fds and shared.is_own(fdset):
+        shared.close(fds)
+        shared.tell_error(client, GENERIC, not_found(f"fdset-id:{fdset}"), command.id)
+        return
+    reply = yield command.encode(), fds
+    shared.tell(client, reply.line)
+    if fds and reply.kind != "return":
+        yield from _drain(shared)
+
+
+def _drain(shared: "Shared") -> "Job":
+    """Make QEMU close an fd that a refused command has left pending: getfd takes it before it looks at the name."""
+    yield shared.ask("getfd", fdname="0"), ()
+
+
+def _close_fd(shared: "Shared", client: "Client", command: "Command") -> "Job":
+    """Pass closefd on for a name of the client's or nobody's."""
+    name = command.arguments.get("fdname")
+    if not isinstance(name, str) or len(command.arguments) != 1:
+        yield from _relay(shared, client, command)
+        return
+    found = shared.names.find(client.number, name)
+    if found.missing:
+        shared.tell_error(client, GENERIC, not_found(name), command.id)
+        return
+    data = build_command("closefd", {"fdname": name + found.suffix}, command.id) if found.suffix else command.encode()
+    reply = yield data, ()
+    shared.names.forget(shared.get_holder(client), name)
+    shared.tell(client, restore_names(reply.line, ((name + found.suffix, name),) if found.suffix else ()))
+
+
+def _remove_fd(shared: "Shared", client: "Client", command: "Command") -> "Job":
+    """Pass remove-fd on, except of an fdset of ours."""
+    fdset, fd = command.arguments.get("fdset-id"), command.arguments.get("fd", 0)
+    known = command.arguments.keys() <= {"fdset-id", "fd"}
+    if not known or isinstance(fd, bool) or not isinstance(fd, int) or fd not in INT64 or not shared.is_own(fdset):
+        yield from _relay(shared, client, command)
+        return
+    what = f"fdset-id:{fdset}, fd:{fd}" if "fd" in command.arguments else f"fdset-id:{fdset}"
+    shared.tell_error(client, GENERIC, not_found(what), command.id)
+
+
+def _query_fdsets(shared: "Shared", client: "Client", command: "Command") -> "Job":
+    """Pass query-fdsets on, and its reply without the fdsets of ours."""
+    reply = yield command.encode(), ()
+    line = reply.line
+    fdsets = reply.value.get("return")
+    if isinstance(fdsets, list):
+        shown = [fdset for fdset in fdsets if not (isinstance(fdset, dict) and shared.is_own(fdset.get("fdset-id")))]
+        if len(shown) != len(fdsets):
+            line = build_return(shown, command.id, shared.pretty)
+    shared.tell(client, line)
+
+
+_SPECIAL: "dict[str, Callable[[Shared, Client, Command], Job]]" = {
+    "getfd": _get_fd,
+    "closefd": _close_fd,
+    "add-fd": _add_fd,
+    "remove-fd": _remove_fd,
+    "query-fdsets": _query_fdsets,
+}
+
+
+def hand_over(shared: "Shared", opening: "Opening", prepared: "Prepared") -> "Job":
+    """Give QEMU what was prepared, then the command; take everything back if that fails."""
+    client = opening.client
+    shared.unsent.extend(list_fds(prepared))
+    shared.handed, shared.failed = prepared.handed, True
+    given = [shared.ask("add-fd", fdset_id=fdset, opaque=opaque) for fdset, _, opaque in prepared.fdsets]
+    given += [shared.ask("getfd", fdname=name) for name, _ in prepared.names]
+    done = 0
+    for data in given:
+        if client.gone:
+            break
+        reply = yield data, (shared.unsent.popleft(),)
+        if reply.kind != "return":
+            _tell_failure(shared, opening, reply)
+            yield from _drain(shared)
+            break
+        done += 1
+    if done == len(given) and not client.gone:
+        shared.failed = False
+        reply = yield prepared.text, ()
+        if reply.kind == "return":
+            owner = None if prepared.one_shot else shared.rules.owner_of(opening.command.name, opening.command.arguments)
+            shared.conclude(client, opening.command, opening.names)
+            shared.tell(client, reply.line)
+            if owner is None:
+                yield from _undo(shared, prepared, done, failed=False)
+            else:
+                shared.handed = 0
+                shared.keep(owner, prepared)
+            return
+        shared.tell(client, restore_names(reply.line, opening.renamed))
+    yield from _undo(shared, prepared, done, failed=True)
+
+
+def _undo(shared: "Shared", prepared: "Prepared", done: int, failed: bool) -> "Job":
+    """Take back the first `done` things that QEMU was given, and the rest."""
+    shared.close(tuple(shared.unsent))
+    shared.unsent.clear()
+    fdsets = tuple(dict.fromkeys(fdset for fdset, _, _ in prepared.fdsets[:done]))
+    names = tuple(name for name, _ in prepared.names[: max(0, done - len(prepared.fdsets))])
+    yield from take_back(shared, Chore(fdsets, names, shared.handed, failed))
+
+
+def take_back(shared: "Shared", chore: Chore) -> "Job":
+    """Remove what QEMU was handed; it may have gone by itself, so errors mean nothing."""
+    shared.handed, shared.failed = chore.handed, chore.failed
+    for fdset in chore.fdsets:
+        yield shared.ask("remove-fd", fdset_id=fdset), ()
+    for name in chore.names:
+        yield shared.ask("closefd", fdname=name), ()
+    shared.handed = 0
+    shared.release(chore.handed, chore.failed)
+
+
+def _tell_failure(shared: "Shared", opening: "Opening", reply: "Reply") -> None:
+    """Tell the client why QEMU did not take what the command needs, with the command's id."""
+    error = get_dict(reply.value, "error")
+    error_class, desc = error.get("class"), error.get("desc")
+    if not isinstance(error_class, str) or not isinstance(desc, str):
+        error_class, desc = GENERIC, "QEMU did not take a file descriptor"
+    shared.tell(opening.client, build_error(error_class, desc, opening.command.id, shared.pretty))

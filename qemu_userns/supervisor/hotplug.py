@@ -1,0 +1,153 @@
+"""What a worker does for one command: look, plan, open, place in the running view; and take that back.
+
+Runs in a child of the supervisor, whose ids and namespaces it changes; nothing of it stays but fds and the answer.
+"""
+
+import fcntl
+import os
+
+from qemu_userns.catalogue.commands import find_command_needs, read_command
+from qemu_userns.errors import ResourceError
+from qemu_userns.host.facts import look_at_host
+from qemu_userns.host.leftovers import remove
+from qemu_userns.host.opening import Opened, open_grants
+from qemu_userns.plan.command import build_command_plan
+from qemu_userns.plan.grants import Bind, Create, CreateDir, Link, Node
+from qemu_userns.plan.layout import build_layout, find_covered, find_shown
+from qemu_userns.record import Record, to_plain
+from qemu_userns.sandbox.running import bind_running, open_namespaces, unbind_running
+from qemu_userns.supervisor.handed import Handed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qemu_userns.host.leftovers import Leftover
+    from qemu_userns.plan.command import CommandPlan
+    from qemu_userns.plan.layout import Placed
+    from qemu_userns.record import Plain
+    from qemu_userns.sandbox.places import Shown
+    from qemu_userns.supervisor.state import State
+
+
+class Job(Record):
+    """One command to open for."""
+
+    state: "State"
+    pid: int  # QEMU's
+    name: str
+    text: str
+    placed: "tuple[tuple[Placed, int], ...]"  # what other commands got, and the number of each
+    first_number: int  # of fdsets and names
+    lock: int  # fd of a file whose lock says who changes the view; borrowed
+
+
+class _Collected(Opened):
+    """What is open for a command: its fds go to QEMU by a socket, not under numbers."""
+
+    def __init__(self, layout: "tuple[Placed, ...]") -> None:
+        super().__init__(layout, lambda _: None)
+        self.fds: "dict[int, int]" = {}
+
+    def take(self, fd: int, number: int) -> None:
+        """Collect an fd; take ownership."""
+        self.fds[number] = fd
+
+
+def open_command(job: Job) -> "tuple[Plain, list[int]]":
+    """Open what a command names; return the answer, and the fds that go with it.
+
+    Should: run with the caller's rights, in a process of its own.
+
+    Raises:
+        QemuUsernsError: it cannot be opened; nothing is left behind.
+    """
+    os.umask(job.state.caller.umask)
+    plan = _plan(job)
+    error = plan.find_error()
+    if error is not None:
+        raise ResourceError(job.name, error)
+    layout, reused = _build_layout(job, plan)
+    opened = _Collected(layout)
+    try:
+        open_grants(plan.grants, job.state.identity, None, opened)
+        shown = _place(job, opened)
+    except BaseException:
+        opened.undo()
+        raise
+    fdsets, names = plan.find_fdsets(), plan.find_names()
+    handed = Handed(layout, shown, tuple(opened.leftovers), reused)
+    answer: "Plain" = {
+        "text": plan.text.encode(errors="surrogateescape"),
+        "fdsets": [[fdset, opaque] for fdset, _, opaque in fdsets],
+        "names": [name for name, _ in names],
+        "handed": to_plain(handed),
+        "one_shot": False,
+    }
+    return answer, [*(opened.fds[number] for _, number, _ in fdsets), *(opened.fds[number] for _, number in names)]
+
+
+def take_back(
+    state: "State", pid: int, shown: "Sequence[Shown]", created: "Sequence[Leftover]", lock: int
+) -> "tuple[Shown, ...]":
+    """Take back what a command got; return what is left of it in the view, since something else is attached over it.
+
+    Should: run as `open_command`.
+
+    Raises:
+        QemuUsernsError: it cannot be taken back.
+    """
+    remove(created)
+    if not shown:
+        return ()
+    namespaces = open_namespaces(pid, os.pidfd_open(pid), state.identity)
+    _lock(lock)
+    return unbind_running(shown, state.identity, namespaces)
+
+
+def _plan(job: Job) -> "CommandPlan":
+    """Look at what the command names, from where QEMU stands, and plan."""
+    objects = read_command(job.name, job.text)
+    needs = find_command_needs(job.name, objects)
+    try:
+        cwd = os.readlink(f"/proc/{job.pid}/cwd")
+        os.chdir(cwd)
+    except OSError as err:
+        raise ResourceError("QEMU's working directory", err.strerror or str(err)) from err
+    state = job.state
+    caller = state.caller.replace(cwd=cwd, open_fds=frozenset())
+    facts = look_at_host(needs, objects, caller, state.identity, {}, state.program, ())
+    return build_command_plan(job.name, job.text, objects, needs, facts, state.identity, job.first_number, state.host_tree)
+
+
+def _build_layout(job: Job, plan: "CommandPlan") -> "tuple[tuple[Placed, ...], tuple[int, ...]]":
+    """Return what is to be placed, without what the view shows already, and the commands whose places that uses."""
+    before = (*job.state.layout, *(grant for grant, _ in job.placed))
+    numbers = {id(grant): number for grant, number in job.placed}
+    missing: "list[Placed]" = []
+    reused = set()
+    for grant in plan.build_layout():
+        shown = find_shown(before, grant)
+        if shown is None:
+            missing.append(grant)
+        elif id(shown) in numbers:
+            reused.add(numbers[id(shown)])
+    covered = [other for grant in missing for other in find_covered(before, grant.path) if isinstance(other, Bind | Link)]
+    layout = build_layout([*missing, *covered])
+    kinds = (Bind, Create, CreateDir, Link, Node)
+    return tuple(grant for grant in layout if isinstance(grant, kinds)), tuple(sorted(reused))
+
+
+def _place(job: Job, opened: Opened) -> "tuple[Shown, ...]":
+    """Place the layout in the view, if there is anything to place."""
+    if not opened.layout:
+        return ()
+    namespaces = open_namespaces(job.pid, os.pidfd_open(job.pid), job.state.identity)
+    _lock(job.lock)
+    return bind_running(opened, job.state.identity, namespaces)
+
+
+def _lock(fd: int) -> None:
+    """Wait until no other worker changes the view; this process's end lets go."""
+    own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    fcntl.flock(own, fcntl.LOCK_EX)

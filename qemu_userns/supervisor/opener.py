@@ -1,0 +1,100 @@
+"""What commands get from the host while QEMU runs: workers open it (hotplug.py), here is kept who holds what.
+
+Everything that a command got has one number. It belongs to an object of QEMU's, and is taken back when that goes.
+"""
+
+import os
+
+from qemu_userns.qmp.actions import Prepared, Refused
+from qemu_userns.record import from_plain, to_plain
+from qemu_userns.supervisor.handed import CLASSES, Handed
+from qemu_userns.supervisor.worker import Failed, start_worker
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qemu_userns.host.leftovers import Leftover
+    from qemu_userns.qmp.actions import Prepare, Release
+    from qemu_userns.record import Plain
+    from qemu_userns.sandbox.places import Shown
+    from qemu_userns.supervisor.poller import Poller
+    from qemu_userns.supervisor.state import State
+
+    Answer = Callable[[int, Prepared | Refused], None]
+
+_TIMEOUT_S = 60.0
+_FIRST_NUMBER, _NUMBERS_PER_COMMAND = 100_000, 64  # of fdsets and names, out of the way of the launch
+_ERROR_CLASS = "GenericError"
+
+
+class Opener:
+    """The host's side of hot-plug."""
+
+    def __init__(self, state: "State", poller: "Poller", log: "Callable[[str], None]") -> None:
+        """Start with what the launch placed."""
+        self.pid = 0  # QEMU's, once it is known
+        self._state, self._poller, self._log = state, poller, log
+        self._last = 0
+        self._handed: "dict[int, Handed]" = {}
+        self._released: "dict[int, bool]" = {}  # numbers that are given back, and whether their command failed
+        self._covered: "tuple[Shown, ...]" = ()  # could not be taken back yet: something else is attached over it
+        self._lock = os.memfd_create("qemu-userns-lock", os.MFD_CLOEXEC)
+
+    def prepare(self, action: "Prepare", answer: "Answer") -> None:
+        """Open what a command names; answers later."""
+        self._last += 1
+        number = self._last
+        placed = tuple((grant, handed) for handed, item in self._handed.items() for grant in item.grants)
+
+        def work() -> "tuple[Plain, list[int]]":
+            from qemu_userns.supervisor.hotplug import Job, open_command
+
+            first = _FIRST_NUMBER + number * _NUMBERS_PER_COMMAND
+            return open_command(Job(self._state, self.pid, action.name, action.text, placed, first, self._lock))
+
+        def done(result: object, fds: "tuple[int, ...]") -> None:
+            if isinstance(result, Failed) or not isinstance(result, dict):
+                text = result.text if isinstance(result, Failed) else "no answer"
+                self._log(f"{action.name}: {text}")
+                answer(action.ticket, Refused(_ERROR_CLASS, text))
+                return
+            self._handed[number] = from_plain(result["handed"], CLASSES)
+            fdsets = tuple((fdset, fd, opaque) for (fdset, opaque), fd in zip(result["fdsets"], fds, strict=False))
+            names = tuple(zip(result["names"], fds[len(fdsets) :], strict=True))
+            answer(action.ticket, Prepared(result["text"], fdsets, names, number, result["one_shot"]))
+
+        start_worker(self._poller, work, done, _TIMEOUT_S)
+
+    def release(self, action: "Release") -> None:
+        """Take back what was handed over, but for what others use too."""
+        self._released[action.handed] = action.failed
+        self._sweep()
+
+    def find_leftovers(self) -> "tuple[Leftover, ...]":
+        """Return what was made on the host and goes when QEMU ends."""
+        return tuple(item for handed in self._handed.values() for item in handed.created if item.temporary)
+
+    def _sweep(self) -> None:
+        """Take back what nobody uses any more."""
+        used = {number for handed, item in self._handed.items() if handed not in self._released for number in item.reused}
+        free = [number for number in self._released if number in self._handed and number not in used]
+        items = [(self._handed.pop(number), self._released.pop(number)) for number in free]
+        shown = tuple(place for item, _ in items for place in item.shown) + self._covered
+        created = tuple(file for item, failed in items for file in item.created if failed or file.temporary)
+        if not shown and not created:
+            return
+
+        def work() -> "tuple[Plain, list[int]]":
+            from qemu_userns.supervisor.hotplug import take_back
+
+            return to_plain(take_back(self._state, self.pid, shown, created, self._lock)), []
+
+        def done(result: object, _: "tuple[int, ...]") -> None:
+            if isinstance(result, Failed):
+                self._log(f"what was shown to QEMU cannot be taken back: {result.text}")
+            else:
+                self._covered += from_plain(result, CLASSES)
+
+        self._covered = ()
+        start_worker(self._poller, work, done, _TIMEOUT_S)

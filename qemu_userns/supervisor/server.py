@@ -1,0 +1,140 @@
+"""All monitors of one VM: the fds that the launcher handed over, and our own socket in the run directory."""
+
+import os
+from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
+
+from qemu_userns.plan.grants import CONNECT
+from qemu_userns.plan.rights import Rights
+from qemu_userns.supervisor import registry
+from qemu_userns.supervisor.broker import Broker, Host
+from qemu_userns.supervisor.log import Log
+from qemu_userns.supervisor.opener import Opener
+from qemu_userns.supervisor.rules import RULES
+from qemu_userns.supervisor.worker import Failed, start_worker
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from qemu_userns.host.leftovers import Leftover
+    from qemu_userns.plan.grants import Monitor
+    from qemu_userns.qmp.actions import Owner
+    from qemu_userns.record import Plain
+    from qemu_userns.supervisor.poller import Poller
+    from qemu_userns.supervisor.state import State
+
+_BACKLOG = 16
+_CONNECT_TIMEOUT_S = 60
+
+
+class Server:
+    """Everything that a VM's supervisor serves."""
+
+    def __init__(self, state: "State", poller: "Poller", learn_pid: "Callable[[int], bool]") -> None:
+        """Prepare.
+
+        Args:
+            state: the VM's.
+            poller: calls back.
+            learn_pid: told QEMU's pid when QEMU speaks.
+        """
+        self._state, self._poller, self._learn_pid = state, poller, learn_pid
+        self._directory = registry.open_registry(os.geteuid())
+        self._log = Log()
+        self._opener = Opener(state, poller, self._log.write)
+        self._host = Host(poller, self._opener, self._log.write, self._hear_pid, self._tell_removed)
+        self._brokers: "list[Broker]" = []
+        self._pid = 0
+
+    def serve(self, fds: "Sequence[int]") -> None:
+        """Serve the monitors; takes the fds over: of each monitor its public end and the way in, then our own sockets."""
+        left = list(fds)
+        for monitor in self._state.monitors:
+            public = [left.pop(0) for _ in range(monitor.public_count)]
+            broker = Broker(self._host, monitor, left.pop(0), RULES, frozenset())
+            self._brokers.append(broker)
+            self._serve(broker, public)
+        by_label = {broker.monitor.label: broker for broker in self._brokers}
+        for grant in self._state.sockets:
+            by_label[grant.label].listen(left.pop(0), grant.rights)
+        if not self._state.daemonizes:
+            self._hear_pid(self._state.pid)
+
+    def has_more(self) -> bool:
+        """Say whether QEMU's last words are still to be read, or to be passed on."""
+        return any(not broker.ended or broker.has_unsent() for broker in self._brokers)
+
+    def close(self) -> "tuple[Leftover, ...]":
+        """Close all, and forget the VM; return what was made for it while it ran and has to go."""
+        for broker in self._brokers:
+            broker.close()
+        if self._pid:
+            registry.remove_entry(self._directory, self._pid)
+        return self._opener.find_leftovers()
+
+    def _serve(self, broker: Broker, public: "list[int]") -> None:
+        """Serve one monitor; one that connects out does so again and again, as QEMU's `reconnect`."""
+        monitor = broker.monitor
+        again = monitor.kind == CONNECT and monitor.reconnect_s
+
+        def lost() -> None:
+            if again:
+                self._poller.call_later(monitor.reconnect_s, lambda: self._connect_out(broker, lost))
+
+        broker.serve(public, lost)
+        if again:
+            self._connect_out(broker, lost)
+
+    def _connect_out(self, broker: Broker, lost: "Callable[[], None]") -> None:
+        """Connect a monitor to its client; a host that does not answer must not stop the others, so in a worker."""
+        monitor = broker.monitor
+
+        def connect() -> "tuple[Plain, list[int]]":
+            from qemu_userns.host.sockets import open_address
+
+            return None, open_address(_without_reconnect(monitor))
+
+        def done(answer: object, fds: "tuple[int, ...]") -> None:
+            if isinstance(answer, Failed) or not fds:
+                lost()
+            else:
+                broker.add_client(fds[0], fds[0], monitor.rights, lost)
+
+        if not broker.ended:
+            start_worker(self._poller, connect, done, _CONNECT_TIMEOUT_S)
+
+    def _tell_removed(self, teller: Broker, owner: "Owner") -> None:
+        for broker in self._brokers:
+            if broker is not teller:
+                broker.remove_owner(owner)
+
+    def _hear_pid(self, pid: int) -> None:
+        """Register the VM, once its pid is known; that of a launcher that daemonizes is not."""
+        if self._pid or (self._state.daemonizes and pid == self._state.pid):
+            return
+        self._learn_pid(pid)
+        self._pid = self._opener.pid = pid
+        try:
+            self._log.open(f"{self._directory}/{pid}.log")
+            self._brokers[0].listen(_listen(f"{self._directory}/{pid}.qmp"), Rights())
+            registry.write_entry(self._directory, pid, self._state.replace(pid=pid, started=registry.find_start(pid)))
+        except OSError as err:
+            self._log.write(f"the VM cannot be registered: {err.strerror}")
+
+
+def _listen(path: str) -> int:
+    """Return an owned fd of our own socket."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    ours = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+    os.fchmod(ours.fileno(), 0o600)
+    ours.bind(path)
+    ours.listen(_BACKLOG)
+    return ours.detach()
+
+
+def _without_reconnect(monitor: "Monitor") -> "Monitor":
+    """Return the grant of a connection that is to be made now."""
+    return monitor.replace(options=tuple(pair for pair in monitor.options if not pair[0].startswith("reconnect")))

@@ -1,0 +1,99 @@
+"""What the supervisor of a VM knows: handed over by the launcher, kept in the run directory for the next supervisor."""
+
+import marshal
+import os
+
+from qemu_userns.host.leftovers import Leftover
+from qemu_userns.plan import grants
+from qemu_userns.plan.facts import Account, Caller
+from qemu_userns.plan.identity import Identity, MapEntry
+from qemu_userns.plan.rights import Rights
+from qemu_userns.record import Record, from_plain, to_plain
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.host.opening import Opened
+    from qemu_userns.plan.layout import Placed
+    from qemu_userns.plan.plan import Plan
+    from qemu_userns.record import Plain
+    from qemu_userns.request import Start
+
+
+class State(Record):
+    """One VM, as far as its supervisor has to know it."""
+
+    pid: int  # of the launcher; with `daemonizes` QEMU's is another
+    name: str
+    uuid: str
+    program: str
+    version: "tuple[int, ...]"
+    daemonizes: bool
+    lease: str  # path of the lease of its ids, "" for none
+    host_tree: str
+    identity: Identity
+    caller: Caller
+    monitors: "tuple[grants.Monitor, ...]" = ()
+    layout: "tuple[Placed, ...]" = ()  # what the view shows
+    leftovers: "tuple[Leftover, ...]" = ()  # what the launch created: goes when it fails, and partly when QEMU ends
+    sockets: "tuple[grants.QmpSocket, ...]" = ()  # of ours, besides those of the monitors
+    started: int = 0  # when QEMU's process was, in clock ticks after boot: a pid may be another process's later
+
+
+CLASSES: "dict[str, type[Record]]" = {
+    cls.__name__: cls for cls in (State, Identity, MapEntry, Caller, Account, Leftover, Rights, *grants.Grant.__subclasses__())
+}
+
+
+def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
+    """Build the state of a VM that is about to run."""
+    names = {obj.kind: obj for obj in start.asked.commandline.objects if obj.kind in ("name", "uuid")}
+    return State(
+        os.getpid(),
+        (names["name"].get("guest") or "") if "name" in names else "",
+        (names["uuid"].get("value") or "") if "uuid" in names else "",
+        plan.program,
+        start.asked.qemu.version,
+        any(option.name == "daemonize" for option in start.asked.commandline.options),
+        "" if start.lease is None else start.lease.path,
+        plan.host_tree,
+        plan.identity,
+        start.caller.replace(open_fds=frozenset()),
+        tuple(grant for grant in plan.grants if isinstance(grant, grants.Monitor)),
+        opened.layout,
+        tuple(opened.leftovers),
+        tuple(grant for grant in plan.grants if isinstance(grant, grants.QmpSocket)),
+    )
+
+
+def encode_state(state: State) -> "Plain":
+    """Return a state as dicts and lists."""
+    return to_plain(state)
+
+
+def decode_state(plain: object) -> State:
+    """Return what `encode_state` was given.
+
+    Raises:
+        ValueError: it is no state, or one of another version of this program.
+    """
+    try:
+        state = from_plain(plain, CLASSES)
+    except TypeError as err:
+        raise ValueError(str(err)) from err
+    if not isinstance(state, State):
+        raise ValueError("no state of a VM")
+    return state
+
+
+def write_state(state: State) -> int:
+    """Return an owned fd of a memfd that holds a state, to be read by the interpreter of the same version."""
+    fd = os.memfd_create("qemu-userns-state", os.MFD_CLOEXEC)
+    os.write(fd, marshal.dumps(encode_state(state)))
+    return fd
+
+
+def read_state(fd: int) -> State:
+    """Return the state in a memfd; takes ownership of it."""
+    os.lseek(fd, 0, os.SEEK_SET)
+    with os.fdopen(fd, "rb") as file:
+        return decode_state(marshal.load(file))

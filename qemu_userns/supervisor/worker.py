@@ -1,0 +1,103 @@
+"""Do in a child what may take long or changes a process for good: opening on a dead NFS must not stop the monitors."""
+
+import marshal
+import os
+import signal
+import sys
+from _socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOCK_CLOEXEC, SOCK_SEQPACKET, SOL_SOCKET, socketpair
+
+from qemu_userns.errors import QemuUsernsError, describe_bug
+from qemu_userns.supervisor.poller import IN
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket as Socket
+    from collections.abc import Callable
+
+    from qemu_userns.record import Plain
+    from qemu_userns.supervisor.poller import Poller
+
+    Work = Callable[[], tuple[Plain, list[int]]]
+    Done = Callable[[object, tuple[int, ...]], None]
+
+MOST_FDS = 200
+_SIZE_BYTES = 160_000  # fits into a socket's buffer: net.core.wmem_default
+
+
+class Failed:
+    """What a worker answers when its work fails."""
+
+    def __init__(self, text: str) -> None:
+        """Keep the reason."""
+        self.text = text
+
+
+def start_worker(poller: "Poller", work: "Work", done: "Done", timeout_s: float) -> int:
+    """Fork a child that works; return its pid.
+
+    Args:
+        poller: calls back.
+        work: runs in the child; returns what marshal takes, and fds.
+        done: called here with that and owned fds; or with `Failed`.
+        timeout_s: after which the child is killed.
+    """
+    ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            _work(theirs, work)
+        finally:
+            _report_bug(theirs)
+            os._exit(0)
+    theirs.close()
+    over = False
+
+    def hear(_: int) -> None:
+        nonlocal over
+        over = True
+        poller.unwatch(ours.fileno())
+        answer, fds = _read_answer(ours)
+        ours.close()
+        os.waitpid(pid, 0)
+        done(answer, fds)
+
+    def expire() -> None:
+        if not over:
+            os.kill(pid, signal.SIGKILL)  # its end is heard
+
+    poller.watch(ours.fileno(), IN, hear)
+    poller.call_later(timeout_s, expire)
+    return pid
+
+
+def _work(channel: "Socket", work: "Work") -> None:
+    """Work, and answer."""
+    fds: "list[int]" = []
+    try:
+        result, fds = work()
+        data = marshal.dumps((True, result))
+    except QemuUsernsError as err:
+        data = marshal.dumps((False, f"{err.what}: {err.why}" + (f" ({err.hint})" if err.hint else "")))
+    except OSError as err:
+        data = marshal.dumps((False, f"{err.filename or 'system call'}: {err.strerror or err}"))
+    numbers = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
+    channel.sendmsg([data], [(SOL_SOCKET, SCM_RIGHTS, numbers)] if fds else [])
+
+
+def _report_bug(channel: "Socket") -> None:
+    """Answer with what nobody expected, if that is how the work ends."""
+    error = sys.exc_info()[1]
+    if error is not None:
+        channel.send(marshal.dumps((False, describe_bug(error))))
+
+
+def _read_answer(channel: "Socket") -> "tuple[object, tuple[int, ...]]":
+    """Return what a worker answers; it is our own child, but it may be dead."""
+    data, ancillary, _, _ = channel.recvmsg(_SIZE_BYTES, CMSG_SPACE(4 * MOST_FDS), MSG_CMSG_CLOEXEC)
+    numbers = b"".join(item for level, kind, item in ancillary if (level, kind) == (SOL_SOCKET, SCM_RIGHTS))
+    fds = tuple(int.from_bytes(numbers[i : i + 4], sys.byteorder) for i in range(0, len(numbers), 4))
+    if not data:
+        return Failed("it was given up, or took too long"), fds
+    fine, result = marshal.loads(data)
+    return (result if fine else Failed(result)), fds

@@ -1,0 +1,220 @@
+"""Plans of our own QMP sockets, of what clients may do, and of the monitor that is passed through."""
+
+from __future__ import annotations
+
+import pytest
+
+from qemu_userns.cli.explain import describe_plan
+from qemu_userns.plan.build import Settings
+from qemu_userns.plan.facts import PathFact
+from qemu_userns.plan.grants import Listen, Monitor, QmpSocket, Refuse, Reserved
+from qemu_userns.plan.plan import Plan
+from qemu_userns.plan.rights import READ_ONLY, MonitorRights, Rights, SocketRights, expand_path, find_rights
+from tests.plans import UID, asked_for, plan_of, read
+
+PLAIN = ("-qmp", "unix:/x/new,server=on,wait=off")
+LOOK = Rights(READ_ONLY)
+
+
+def with_sockets(*words: str, paths: tuple[str, ...] = ("/x/new-ours",), root: bool = False) -> Plan:
+    return plan_of(*words, settings=Settings(sockets=tuple(SocketRights(path) for path in paths)), root=root)
+
+
+def configs(plan: Plan) -> list[str]:
+    return [grant.content for grant in plan.grants if isinstance(grant, Reserved) and grant.content is not None]
+
+
+# --- our own sockets --------------------------------------------------------------------------------------------------
+
+
+def test_a_socket_joins_the_callers_monitor() -> None:
+    plan = with_sockets(*PLAIN)
+    assert asked_for(plan) == ["monitor listens on /x/new", "socket /x/new-ours for compat_monitor0"]
+    assert not configs(plan)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("-nodefaults", "-M", "none", "-S", "-daemonize"),
+        ("-qmp", "unix:/x/new,server=on"),  # a client of ours must not be the one that QEMU waits for
+        ("-qmp-pretty", "unix:/x/new,server=on,wait=off"),
+        ("-monitor", "stdio"),
+    ],
+)
+def test_else_a_monitor_is_added_beside_the_default_one(words: tuple[str, ...]) -> None:
+    plan = with_sockets(*words)
+    assert asked_for(plan)[-2:] == ["monitor has it alone", "socket /x/new-ours for qemu-userns"]
+    (monitor,) = [grant for grant in plan.grants if isinstance(grant, Monitor) and grant.label == "qemu-userns"]
+    (config,) = configs(plan)
+    assert f'[chardev "qemu-userns"]\n  backend = "socket"\n  fd = "{monitor.number}"\n' in config
+    assert "-qmp" not in plan.words[1:3]
+    assert "-mon" not in plan.words
+    index = plan.words.index("-readconfig")
+    assert index < len(plan.words) - len(words)
+    assert plan.words[index + 1] == f"/dev/fd/{plan.find_number('config of qemu-userns')}"
+
+
+def test_sockets_follow_the_monitors_and_keep_their_order() -> None:
+    other = ("-chardev", "socket,id=m,path=/x/new2,server=on", "-mon", "m,mode=control")
+    plan = with_sockets(*PLAIN, *other, paths=("/x/new-b", "/x/new-a"))
+    grants = [grant for grant in plan.grants if isinstance(grant, Monitor | QmpSocket)]
+    assert [(type(grant), grant.path) for grant in grants] == [
+        (Monitor, "/x/new"),
+        (Monitor, "/x/new2"),
+        (QmpSocket, "/x/new-b"),
+        (QmpSocket, "/x/new-a"),
+    ]
+
+
+def test_the_supervisor_stays_for_them() -> None:
+    assert with_sockets().needs_supervisor
+    assert plan_of(settings=Settings(passthrough="/x/new")).needs_supervisor
+    assert not plan_of().needs_supervisor
+
+
+@pytest.mark.parametrize(("root", "users"), [(False, (0, UID)), (True, (0,))])
+def test_by_default_the_caller_and_root_are_admitted(root: bool, users: tuple[int, ...]) -> None:
+    (socket,) = [grant for grant in with_sockets(root=root).grants if isinstance(grant, QmpSocket)]
+    assert (socket.rights, socket.mode) == (Rights(users=users), 0o600)
+
+
+def test_users_mode_and_rights_are_the_settings() -> None:
+    rights = Rights(READ_ONLY, ("query-*",), ("query-fdsets",), (7,))
+    plan = plan_of(settings=Settings(sockets=(SocketRights("/x/new", rights, 0o666),)))
+    (socket,) = [grant for grant in plan.grants if isinstance(grant, QmpSocket)]
+    assert (socket.rights, socket.mode) == (rights, 0o666)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/x/file", "there is a file"),
+        ("/x/dir", "there is a directory"),
+        ("/x/new-root", "Permission denied"),
+        ("/x/%n", "does not say"),
+        ("/x/new", "another socket"),
+    ],
+)
+def test_where_no_socket_can_be_is_refused(path: str, reason: str) -> None:
+    for settings in (Settings(sockets=(SocketRights(path),)), Settings(passthrough=path)):
+        (refusal,) = plan_of(*PLAIN, settings=settings, paths={"/x/new-root": PathFact(path, path, "absent")}).find_refusals()
+        assert reason in refusal.reason
+        assert refusal.hint
+
+
+def test_an_old_socket_is_replaced() -> None:
+    assert not with_sockets(paths=("/x/sock",)).find_refusals()
+
+
+def test_one_path_is_given_once() -> None:
+    settings = Settings(sockets=(SocketRights("/x/new"),), passthrough="/x/new")
+    assert [grant.reason for grant in plan_of(settings=settings).grants if isinstance(grant, Refuse)] == [
+        "another socket of this VM has this path"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        ((), None),
+        (("-name", "a%u", "-uuid", "b"), "/a%u/b/%n"),
+        (("-name", "guest=a%,process=c", "-uuid", "b"), "/a%/b/%n"),
+        (("-name", "a"), None),
+        (("-name", "a/b", "-uuid", "c"), None),
+        (("-name", "..", "-uuid", "c"), None),
+        (("-name", "a", "-name", "b", "-uuid", "c", "-uuid", "d"), "/b/d/%n"),
+    ],
+)
+def test_a_path_names_the_vm(words: tuple[str, ...], path: str | None) -> None:
+    assert expand_path("/%n/%u/%%n", read(*words).objects) == path
+
+
+# --- rights of the caller's monitors ----------------------------------------------------------------------------------
+
+
+def test_the_last_rule_of_the_name_counts() -> None:
+    rules = [
+        MonitorRights("a", LOOK),
+        MonitorRights("*", Rights(deny=("quit",))),
+        MonitorRights("b", LOOK),
+        MonitorRights("b", Rights()),
+    ]
+    assert find_rights(rules, "a") == LOOK
+    assert find_rights(rules, "b") == Rights()
+    assert find_rights(rules, "c") == Rights(deny=("quit",))
+    assert find_rights((), "a") == Rights()
+
+
+def test_monitors_get_their_rights() -> None:
+    words = (*PLAIN, "-chardev", "socket,id=m,path=/x/new2,server=on", "-mon", "m,mode=control")
+    plan = plan_of(*words, settings=Settings(monitors=(MonitorRights("m", LOOK),)))
+    assert {grant.label: grant.rights for grant in plan.grants if isinstance(grant, Monitor)} == {
+        "compat_monitor0": Rights(),
+        "m": LOOK,
+    }
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-chardev", "socket,id=m,host=h,port=1,server=on,telnet=on", "-mon", "m,mode=control"),
+        ("-chardev", "stdio,id=m,mux=on", "-mon", "m,mode=control", "-serial", "chardev:m"),
+        ("-chardev", "pty,id=m", "-mon", "m,mode=control"),
+    ],
+)
+def test_a_monitor_that_nobody_can_restrict_is_refused(words: tuple[str, ...]) -> None:
+    for name in ("m", "*"):
+        plan = plan_of(*words, settings=Settings(monitors=(MonitorRights(name, LOOK),)))
+        assert [refusal.why for refusal in plan.find_refusals()] == ["monitor m"]
+    assert not plan_of(*words, settings=Settings(monitors=(MonitorRights("m", Rights()),))).find_refusals()
+    assert not plan_of(*words).find_refusals()
+
+
+@pytest.mark.parametrize(("address", "refused"), [("tcp:localhost:1", True), ("unix:/x/new", False)])
+def test_only_peers_with_a_uid_can_be_told_apart(address: str, refused: bool) -> None:
+    rules = Settings(monitors=(MonitorRights("*", Rights(users=(7,))),))
+    assert bool(plan_of("-qmp", f"{address},server=on,wait=off", settings=rules).find_refusals()) is refused
+
+
+def test_hmp_is_not_meant() -> None:
+    rules = Settings(monitors=(MonitorRights("*", LOOK),))
+    assert not plan_of("-monitor", "stdio", "-qmp", "none", settings=rules).find_refusals()
+
+
+# --- passthrough ------------------------------------------------------------------------------------------------------
+
+
+def test_passthrough_is_a_monitor_of_qemus_own() -> None:
+    plan = plan_of(*PLAIN, settings=Settings(passthrough="/x/new-raw"))
+    (listen,) = [grant for grant in plan.grants if isinstance(grant, Listen)]
+    assert listen.path == "/x/new-raw"
+    (config,) = configs(plan)
+    assert config.startswith(f'[chardev "qemu-userns-passthrough"]\n  backend = "socket"\n  fd = "{listen.number}"\n')
+    assert [grant.label for grant in plan.grants if isinstance(grant, Monitor)] == ["compat_monitor0"]
+
+
+@pytest.mark.parametrize("settings", [Settings(passthrough="/x/new"), Settings(sockets=(SocketRights("/x/new"),))])
+def test_a_monitor_may_ask_for_a_program(settings: Settings) -> None:
+    assert "spawn=allow" in (plan_of("-nodefaults", settings=settings).confinement.sandbox or "")
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rights", "text"),
+    [
+        (Rights(), "every command"),
+        (LOOK, "commands that change nothing"),
+        (Rights(allow=("a", "b"), deny=("c",), users=(0, 7)), "only a, b, not c, for uid 0, 7"),
+    ],
+)
+def test_rights_are_said(rights: Rights, text: str) -> None:
+    assert rights.describe() == text
+    rules = Settings(sockets=(SocketRights("/x/new-ours", rights),), monitors=(MonitorRights("*", rights),))
+    monitor, socket = describe_plan(plan_of(*PLAIN, settings=rules))["monitors"]
+    assert monitor["clients"] == text
+    assert socket["what"] == "/x/new-ours (mode 0600), for monitor compat_monitor0"
+    assert socket["clients"].startswith(text)
