@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
-from integration.talk import IDLE, PLAIN, UUID, connected, is_alive, started, wait_until
+from integration.talk import IDLE, PLAIN, UUID, connected, is_alive, running, started, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -284,7 +284,7 @@ def test_query_chardev_names_the_monitor(compare: Compare, how: str) -> None:
         async with client_of(ours) as client:
             found = re.sub(r"127.0.0.1:\d+", "127.0.0.1:PORT", json.dumps(await client.execute("query-chardev")))
             found = found.replace("disconnected:", "")  # the supervisor is always connected
-            return sorted(json.loads(found), key=lambda item: str(item["label"]))
+            return [item for item in json.loads(found) if (item["label"] == "mon") == (how == "fd")]
 
     def run(words: Sequence[str], folder: Path) -> list[Any]:
         ours, theirs = socket.socketpair()
@@ -323,6 +323,30 @@ def test_a_monitor_on_stdio(compare: Compare, end: str) -> None:
                 process.terminate()
             seen += [process.stdout.read().decode(), re.sub(r"pid \d+", "pid", process.stderr.read().decode())]
             return [*seen, process.wait(LIMIT_S)]
+
+    compare(run)
+
+
+# --- libvirt ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_arrives_on_an_inherited_fd_that_only_a_command_names(compare: Compare) -> None:
+    """libvirt's restore: `-incoming defer`, then migrate-incoming with the plain number of an fd that no option names."""
+
+    def run(words: Sequence[str], folder: Path) -> list[Any]:
+        state = folder / "state"
+        with running(PLAIN) as source:
+            source.qmp.execute("migrate", uri=f"exec:cat >{state}")
+            wait_until(lambda: source.qmp.execute("query-migrate").get("status") == "completed", "the state's end")
+            source.quit()
+        fd = os.open(state, os.O_RDONLY)
+        try:
+            with running(words, "-incoming", "defer", pass_fds=(fd,)) as target:
+                seen = [target.qmp.ask("migrate-incoming", uri=f"fd:{fd}")]
+                wait_until(lambda: target.qmp.execute("query-status")["status"] != "inmigrate", "the state", 10)
+                return [*seen, target.qmp.execute("query-status")]
+        finally:
+            os.close(fd)
 
     compare(run)
 

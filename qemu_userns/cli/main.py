@@ -22,6 +22,7 @@ usage: qemu-userns run [--KEY=VALUE...] [--] qemu-system-ARCH [QEMU's arguments]
        qemu-userns install DIR
        qemu-userns ps [--json]
        qemu-userns qmp [--compact] [--events] [--pass-fd N] (VM | --socket PATH) [COMMAND [KEY=VALUE...]]
+       qemu-userns adopt [--replace] (VM | --all)
        qemu-userns --version | --help
 
 run      start QEMU in its own user and mount namespace, becoming it
@@ -29,6 +30,7 @@ explain  print what run would do, and do nothing
 install  put a drop-in for every qemu-system-* of this host into DIR
 ps       list the caller's VMs that have a QMP monitor
 qmp      send a command to a VM (name, uuid or pid) and print the reply; without one a shell; with --events its events
+adopt    give a VM whose supervisor was killed a new one; --replace ends the one there is, for a newer version of this program
 
 KEY=VALUE: fs=view|host, sandbox=auto|off|VALUE, require=landlock, idmap=MAP, pool=START-END, qemu=PATH, off=on,
   qmp=PATH (a QMP socket more; may be repeated), passthrough=PATH (a monitor that QEMU serves by itself)
@@ -69,6 +71,10 @@ def _main(words: "list[str]") -> int:
         from qemu_userns.cli.qmp import qmp
 
         return qmp(rest)
+    elif command == "adopt":
+        from qemu_userns.cli.adopt import adopt
+
+        return adopt(rest)
     else:
         raise UsageError(" ".join(words), "not understood", "qemu-userns --help lists the commands")
     return 0

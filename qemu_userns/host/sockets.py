@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from qemu_userns.host.opening import Opened
 
-_BACKLOG = 16  # of a monitor's public socket: several clients may come before the supervisor runs
+BACKLOG = 16  # of a monitor's public socket: several clients may come before the supervisor runs
 _NAME_BYTES = 8
 _PATH_MAX_BYTES = 108  # of sockaddr_un.sun_path
 _PRIVATE_DIRS = ("/run/qemu-userns", "/tmp", "/var/tmp")
@@ -41,7 +41,7 @@ def open_socket(grant: "Listen | Connect | Monitor | QmpSocket", privileged: boo
             _open_monitor(grant, privileged, opened)
         case QmpSocket():
             # Behind those of the monitors, as in the plan.
-            opened.served.append(_listen(grant.path, grant.given, privileged, _BACKLOG, opened, grant.mode))
+            opened.served.append(_listen(grant.path, grant.given, privileged, BACKLOG, opened, grant.mode))
 
 
 def _new_socket() -> "Socket":
@@ -52,6 +52,15 @@ def _new_socket() -> "Socket":
 
 
 def _listen(path: str, given: str, privileged: bool, backlog: int, opened: "Opened", mode: "int | None" = None) -> int:
+    """Listen at a path, and note that it was made; return an owned fd."""
+    fd, status = listen_unix(path, given, privileged, backlog, mode)
+    opened.created(path, status, True)
+    return fd
+
+
+def listen_unix(
+    path: str, given: str, privileged: bool, backlog: int, mode: "int | None" = None
+) -> "tuple[int, os.stat_result]":
     """Bind and listen as QEMU does: what is at the path goes, mode and owner are the umask's and the caller's.
 
     A given `mode` is the socket's from the moment at which it has a name: unix_bind() of the kernel takes what the socket has,
@@ -61,7 +70,10 @@ def _listen(path: str, given: str, privileged: bool, backlog: int, opened: "Open
     somebody else could put a symlink meanwhile.
 
     Returns:
-        An owned fd.
+        An owned fd, and the status of the file.
+
+    Raises:
+        OSError: as bind(2).
     """
     socket = _new_socket()
     with Parent(path) as parent:
@@ -71,9 +83,9 @@ def _listen(path: str, given: str, privileged: bool, backlog: int, opened: "Open
             socket.bind(address)
         else:
             _bind_with_mode(socket, address, mode)
-        opened.created(path, parent.status(), True)
+        status = parent.status()
     socket.listen(backlog)
-    return socket.detach()
+    return socket.detach(), status
 
 
 def _bind_with_mode(socket: "Socket", address: bytes, mode: int) -> None:
@@ -125,7 +137,7 @@ def _open_monitor(grant: Monitor, privileged: bool, opened: "Opened") -> None:
         with Parent(grant.path) as parent:
             _unlink(parent)
             way_in = _bind_nameless(private, parent, _address(parent, grant.path, grant.given, privileged))
-        opened.served.append(_listen(grant.path, grant.given, privileged, _BACKLOG, opened))
+        opened.served.append(_listen(grant.path, grant.given, privileged, BACKLOG, opened))
     else:
         way_in = _bind_anywhere(private)
         if grant.kind in (LISTEN, CONNECT):
@@ -191,7 +203,7 @@ def open_unix(grant: Monitor) -> int:
     address = address if tight else address.ljust(_PATH_MAX_BYTES, b"\0")
     if grant.listens:
         socket.bind(address)
-        socket.listen(_BACKLOG)
+        socket.listen(BACKLOG)
     else:
         socket.connect(address)
     return socket.detach()

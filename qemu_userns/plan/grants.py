@@ -222,6 +222,7 @@ class Monitor(Grant):
     wait: bool = False  # QEMU starts when the first client is there
     options: "tuple[tuple[str, str], ...]" = ()  # what else the caller says of the socket
     rights: Rights = Rights()  # of its clients
+    lost: bool = False  # a new supervisor cannot have the clients' side again
 
     @property
     def reconnect_s(self) -> float:
@@ -232,6 +233,8 @@ class Monitor(Grant):
     @property
     def public_count(self) -> int:
         """How many fds the launcher opens for its clients' side."""
+        if self.lost:
+            return 0
         if self.kind == STDIO:
             return 2
         return 0 if self.kind == OWN or (self.kind == CONNECT and self.reconnect_s) else 1

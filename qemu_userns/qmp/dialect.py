@@ -137,8 +137,11 @@ def _decode_escape(match: "re.Match[str]") -> str:
     return chr(point)
 
 
-def format_value(value: object, pretty: bool = False, level: int = 0) -> str:
-    """Return the text that QEMU prints for a value, indented for a container at `level` where it is `pretty`."""
+def format_value(value: object, pretty: bool = False, level: int = 0, sort: bool = True) -> str:
+    """Return the text that QEMU prints for a value, indented for a container at `level` where it is `pretty`.
+
+    Without `sort` objects keep their order: that of what QEMU has printed is not the one of the same object read again.
+    """
     out: list[str] = []
     stack: list[Iterator[tuple[str, object]]] = [iter([("", value)])]
     closers: list[str] = []
@@ -155,19 +158,19 @@ def format_value(value: object, pretty: bool = False, level: int = 0) -> str:
             is_dict = isinstance(inner, dict)
             out.append("{" if is_dict else "[")
             closers.append("}" if is_dict else "]")
-            stack.append(_iterate(inner, pretty, level + len(closers)))
+            stack.append(_iterate(inner, pretty, level + len(closers), sort))
         else:
             out.append(_format_scalar(inner))
     return "".join(out)
 
 
-def _iterate(value: "dict[str, object] | list[object]", pretty: bool, level: int) -> "Iterator[tuple[str, object]]":
+def _iterate(value: "dict[str, object] | list[object]", pretty: bool, level: int, sort: bool) -> "Iterator[tuple[str, object]]":
     """Yield what stands before each item of a container, and the item."""
     gap = "\r\n" + "    " * level if pretty else ""
     separator = "," if pretty else ", "
     before = gap
     if isinstance(value, dict):
-        for key in order_keys(list(value)):
+        for key in order_keys(list(value)) if sort else value:
             yield f"{before}{format_string(key)}: ", value[key]
             before = separator + gap
     else:

@@ -165,12 +165,12 @@ def build_error(error_class: str, desc: str, echo: "str | None", pretty: bool) -
 
 
 def build_return(value: object, echo: "str | None", pretty: bool) -> bytes:
-    """Return a success as QEMU prints it."""
+    """Return a success as QEMU prints it, with a value that QEMU has printed."""
     if not pretty:
         last = f', "id": {echo}' if echo is not None else ""
-        return f'{{"return": {format_value(value)}{last}}}\r\n'.encode()
+        return f'{{"return": {format_value(value, sort=False)}{last}}}\r\n'.encode()
     last = f',\r\n    "id": {_indent(echo)}' if echo is not None else ""
-    return f'{{\r\n    "return": {format_value(value, True, 1)}{last}\r\n}}\r\n'.encode()
+    return f'{{\r\n    "return": {format_value(value, True, 1, sort=False)}{last}\r\n}}\r\n'.encode()
 
 
 def _indent(echo: str) -> str:

@@ -68,7 +68,6 @@ class Session:
         self._job_client: Client | None = None
         self._openings: dict[int, Opening] = {}
         self._ticket = 0
-        self._logged: set[str] = set()
 
     def open_client(self, client: int, policy: "Policy") -> "list[Action]":
         """Begin with a client; numbers are not used again while a client of that number is there."""
@@ -308,7 +307,7 @@ class Session:
             self._fail("QEMU sends what is no QMP")
         elif self._job is None:
             if not self._oob.receive(line):
-                self._log_once("QEMU sends a reply that nobody waits for")
+                self._shared.log_once("QEMU sends a reply that nobody waits for")
         elif not self._oob.receive(line):
             self._advance(reply)
             if not self._shared.ready:
@@ -317,7 +316,7 @@ class Session:
 
     def _receive_greeting(self, reply: "Reply") -> None:
         if self._greeting is not None:
-            self._log_once("QEMU greets again")
+            self._shared.log_once("QEMU greets again")
             return
         self._greeting = reply.line
         offered = get_dict(reply.value, "QMP").get("capabilities")
@@ -326,12 +325,6 @@ class Session:
         for client in self._clients.values():
             self._greet(client)
         self._start(greet(self._shared), None)
-
-    def _log_once(self, text: str) -> None:
-        """Log something that QEMU may do as often as it likes."""
-        if text not in self._logged:
-            self._logged.add(text)
-            self._shared.actions.append(Log(text))
 
     def _fail(self, reason: str) -> None:
         if not self._closed:

@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from qemu_userns.qmp.actions import OWN_FDSET_BASE, CloseFds, Keep, Release, Removed, SendClient
+from qemu_userns.qmp.actions import OWN_FDSET_BASE, CloseFds, Keep, Log, Release, Removed, SendClient
 from qemu_userns.qmp.dialect import format_string
 from qemu_userns.qmp.message import build_command, build_error
 from qemu_userns.qmp.names import FdNames
@@ -71,6 +71,7 @@ class Shared:
         self._own_fdsets = own_fdsets
         self._owners: dict[Owner, list[Held]] = {}
         self._number = 0
+        self._logged: set[str] = set()
 
     def next_id(self) -> str:
         """Return an id of ours, as JSON text: nobody but us and QEMU knows the token in it."""
@@ -89,6 +90,12 @@ class Shared:
     def tell_error(self, client: "Client", error_class: str, desc: str, echo: "str | None") -> None:
         """Send an error of our own to a client."""
         self.tell(client, build_error(error_class, desc, echo, self.pretty))
+
+    def log_once(self, text: str) -> None:
+        """Log something that QEMU may do as often as it likes."""
+        if text not in self._logged:
+            self._logged.add(text)
+            self.actions.append(Log(text))
 
     def close(self, fds: "tuple[int, ...]") -> None:
         """Have fds closed."""

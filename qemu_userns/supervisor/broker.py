@@ -3,12 +3,13 @@
 import os
 from _socket import AF_UNIX, SO_DOMAIN, SO_PASSCRED, SO_PEERCRED, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, socket
 
-from qemu_userns.plan.grants import CONNECT, FD, LISTEN, STDIO
+from qemu_userns.plan.grants import FD, LISTEN, STDIO
 from qemu_userns.plan.rights import READ_ONLY
 from qemu_userns.qmp.actions import (
     OUTPUT_MAX_BYTES,
     CloseClient,
     CloseFds,
+    Keep,
     Log,
     Prepare,
     Release,
@@ -90,12 +91,10 @@ class Broker:
             lost: called when the client that the monitor connected to has gone.
         """
         monitor = self.monitor
-        if monitor.kind == LISTEN or (monitor.kind == FD and monitor.listens):
+        if public and (monitor.kind == LISTEN or (monitor.kind == FD and monitor.listens)):
             self.listen(public[0], monitor.rights)
-        elif monitor.kind in (CONNECT, FD) and public:
-            self.add_client(public[0], public[0], monitor.rights, lost)
-        elif monitor.kind == STDIO:
-            self.add_client(public[0], public[1], monitor.rights, lost)
+        elif public:  # one socket, or stdin and stdout
+            self.add_client(public[0], public[-1], monitor.rights, lost)
         if not monitor.wait:
             self.connect_qemu()
 
@@ -124,6 +123,10 @@ class Broker:
 
         self._clients[number] = Connection(self._host.poller, read_fd, write_fd, hear)
         self._carry_out(self._session.open_client(number, _build_policy(rights)))
+
+    def restore(self, owner: "Owner", handed: int, fdsets: "tuple[int, ...]") -> None:
+        """Note what an object holds that an earlier supervisor has handed over."""
+        self._session.keep(owner, handed, fdsets)
 
     def remove_owner(self, owner: "Owner") -> None:
         """Take back what an object got that another monitor has seen go."""
@@ -234,6 +237,8 @@ class Broker:
                     opener.prepare(action, lambda ticket, answer: self._carry_out(self._session.answer(ticket, answer)))
                 case Release():
                     opener.release(action)
+                case Keep():
+                    opener.keep(self.monitor.label, action)
                 case Removed():
                     self._host.tell_removed(self, action.owner)
                 case Log():

@@ -19,4 +19,15 @@ class Handed(Record):
     reused: "tuple[int, ...]"  # numbers of the commands whose places it uses too
 
 
-CLASSES: "dict[str, type[Record]]" = {cls.__name__: cls for cls in (Handed, Leftover, Shown, *grants.Grant.__subclasses__())}
+class Held(Record):
+    """What an object of QEMU's holds, for the next supervisor to know."""
+
+    number: int
+    label: str  # of the monitor whose client built the object
+    owner: "tuple[str, str]"
+    fdsets: "tuple[int, ...]"
+    handed: Handed
+
+
+_RECORDS = (Held, Handed, Leftover, Shown, *grants.Grant.__subclasses__())
+CLASSES: "dict[str, type[Record]]" = {cls.__name__: cls for cls in _RECORDS}

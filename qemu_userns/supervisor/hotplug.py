@@ -35,6 +35,7 @@ class Job(Record):
 
     state: "State"
     pid: int  # QEMU's
+    pidfd: int  # of the same process; borrowed
     name: str
     text: str
     placed: "tuple[tuple[Placed, int], ...]"  # what other commands got, and the number of each
@@ -88,7 +89,7 @@ def open_command(job: Job) -> "tuple[Plain, list[int]]":
 
 
 def take_back(
-    state: "State", pid: int, shown: "Sequence[Shown]", created: "Sequence[Leftover]", lock: int
+    state: "State", pid: int, pidfd: int, shown: "Sequence[Shown]", created: "Sequence[Leftover]", lock: int
 ) -> "tuple[Shown, ...]":
     """Take back what a command got; return what is left of it in the view, since something else is attached over it.
 
@@ -100,7 +101,7 @@ def take_back(
     remove(created)
     if not shown:
         return ()
-    namespaces = open_namespaces(pid, os.pidfd_open(pid), state.identity)
+    namespaces = open_namespaces(pid, pidfd, state.identity)
     _lock(lock)
     return unbind_running(shown, state.identity, namespaces)
 
@@ -142,7 +143,7 @@ def _place(job: Job, opened: Opened) -> "tuple[Shown, ...]":
     """Place the layout in the view, if there is anything to place."""
     if not opened.layout:
         return ()
-    namespaces = open_namespaces(job.pid, os.pidfd_open(job.pid), job.state.identity)
+    namespaces = open_namespaces(job.pid, job.pidfd, job.state.identity)
     _lock(job.lock)
     return bind_running(opened, job.state.identity, namespaces)
 

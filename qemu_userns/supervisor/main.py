@@ -1,7 +1,8 @@
 """The supervisor as a process of its own: serves QEMU's monitors, and when QEMU has ended removes what must not stay.
 
 Started by supervisor/process.py as `python3 -I -S main.py CHANNEL LAUNCHER STATE FD...`: the socket to the launcher, whose other
-end QEMU keeps; a pidfd of the launcher; a memfd with the state of the VM; and the fds to serve.
+end QEMU keeps; a pidfd of the launcher; a memfd with the state of the VM; and the fds to serve. By `qemu-userns adopt` as
+`main.py adopt DIRECTORY PID READY`.
 """
 
 import os
@@ -28,34 +29,34 @@ _MESSAGE_BYTES = 4096
 class Watch:
     """Whether the VM still lives: by the launcher's channel before QEMU runs, by QEMU's pidfd afterwards."""
 
-    def __init__(self, poller: Poller, channel: "int | None", pidfd: "int | None", daemonizes: bool) -> None:
+    def __init__(self, poller: Poller, channel: "int | None", pidfd: int, daemonizes: bool) -> None:
         """Watch; the fds are taken over.
 
         Args:
             poller: calls back.
             channel: to the launcher, None where QEMU runs already.
-            pidfd: of the process that becomes QEMU, None if it has ended.
+            pidfd: of the process that becomes QEMU.
             daemonizes: that process ends, and a child of it is QEMU; its end is the channel's until its pid is known.
         """
         self.committed = channel is None
         self.ended = False
-        self._poller, self._daemonizes = poller, daemonizes
+        self._poller, self._daemonizes, self._pidfd = poller, daemonizes, pidfd
         if channel is not None:
             self._channel = channel
             poller.watch(channel, IN, self._hear)
-        if pidfd is not None and not daemonizes:
-            self._watch_process(pidfd)
+        if not daemonizes:
+            self._watch_process()
 
-    def learn_pid(self, pid: int) -> bool:
-        """Take note of the pid of QEMU; return whether it is news."""
-        if not self._daemonizes:
-            return False
-        self._daemonizes = False
-        self._watch_process(os.pidfd_open(pid))
-        return True
+    def learn_pid(self, pid: int) -> int:
+        """Take note of the pid of QEMU; return a pidfd of it, which stays this object's."""
+        if self._daemonizes:
+            os.close(self._pidfd)
+            self._daemonizes, self._pidfd = False, os.pidfd_open(pid)
+            self._watch_process()
+        return self._pidfd
 
-    def _watch_process(self, pidfd: int) -> None:
-        self._poller.watch(pidfd, IN, lambda _: self._end())
+    def _watch_process(self) -> None:
+        self._poller.watch(self._pidfd, IN, lambda _: self._end())
 
     def _hear(self, events: int) -> None:
         """Wait for COMMIT, then for the end; what QEMU may say here means nothing."""
@@ -83,12 +84,12 @@ def run(state: "State", watch: Watch, poller: Poller, server: "Server | None") -
         deadline = time.monotonic() + _DRAIN_S
         while server.has_more() and time.monotonic() < deadline:
             poller.run_once(deadline - time.monotonic())
-        leftovers += server.close()
+        leftovers = server.close()
     clean_up([item for item in leftovers if item.temporary or not watch.committed], state.lease)
 
 
 def main(channel: int, launcher: int, state_fd: int, served: "list[int]") -> None:
-    """Be the supervisor of one VM."""
+    """Be the supervisor of one VM from its launch on."""
     state = read_state(state_fd)
     poller = Poller()
     watch = Watch(poller, channel, launcher, state.daemonizes)
@@ -101,5 +102,24 @@ def main(channel: int, launcher: int, state_fd: int, served: "list[int]") -> Non
     run(state, watch, poller, server)
 
 
+def adopt(directory: str, pid: int, ready: int) -> None:
+    """Be the supervisor of a VM that has lost its own; say over a pipe what is wrong, and by its end that all is well."""
+    from qemu_userns.errors import QemuUsernsError, format_error
+    from qemu_userns.supervisor.adoption import take_over
+
+    poller = Poller()
+    try:
+        state, pidfd, server = take_over(directory, pid, poller)
+    except (QemuUsernsError, OSError) as err:
+        text = format_error(err) if isinstance(err, QemuUsernsError) else f"qemu-userns: {pid}: {err}\n"
+        os.write(ready, text.encode(errors="backslashreplace"))
+        return
+    os.close(ready)
+    run(state, Watch(poller, None, pidfd, daemonizes=False), poller, server)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), [int(word) for word in sys.argv[4:]])
+    if sys.argv[1] == "adopt":
+        adopt(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), [int(word) for word in sys.argv[4:]])

@@ -7,15 +7,15 @@ import os
 
 from qemu_userns.qmp.actions import Prepared, Refused
 from qemu_userns.record import from_plain, to_plain
-from qemu_userns.supervisor.handed import CLASSES, Handed
+from qemu_userns.supervisor.handed import CLASSES, Handed, Held
 from qemu_userns.supervisor.worker import Failed, start_worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from qemu_userns.host.leftovers import Leftover
-    from qemu_userns.qmp.actions import Prepare, Release
+    from qemu_userns.qmp.actions import Keep, Prepare, Release
     from qemu_userns.record import Plain
     from qemu_userns.sandbox.places import Shown
     from qemu_userns.supervisor.poller import Poller
@@ -31,9 +31,21 @@ _ERROR_CLASS = "GenericError"
 class Opener:
     """The host's side of hot-plug."""
 
-    def __init__(self, state: "State", poller: "Poller", log: "Callable[[str], None]") -> None:
-        """Start with what the launch placed."""
+    def __init__(
+        self, state: "State", poller: "Poller", log: "Callable[[str], None]", changed: "Callable[[], None]"
+    ) -> None:
+        """Start with what the launch placed.
+
+        Args:
+            state: the VM's.
+            poller: calls back.
+            log: takes a line.
+            changed: called when an object has got or lost something.
+        """
+        self._changed = changed
+        self._held: "dict[int, Held]" = {}
         self.pid = 0  # QEMU's, once it is known
+        self.pidfd = -1  # of the same process; borrowed
         self._state, self._poller, self._log = state, poller, log
         self._last = 0
         self._handed: "dict[int, Handed]" = {}
@@ -51,7 +63,7 @@ class Opener:
             from qemu_userns.supervisor.hotplug import Job, open_command
 
             first = _FIRST_NUMBER + number * _NUMBERS_PER_COMMAND
-            return open_command(Job(self._state, self.pid, action.name, action.text, placed, first, self._lock))
+            return open_command(Job(self._state, self.pid, self.pidfd, action.name, action.text, placed, first, self._lock))
 
         def done(result: object, fds: "tuple[int, ...]") -> None:
             if isinstance(result, Failed) or not isinstance(result, dict):
@@ -66,10 +78,28 @@ class Opener:
 
         start_worker(self._poller, work, done, _TIMEOUT_S)
 
+    def keep(self, label: str, action: "Keep") -> None:
+        """Note which object of QEMU's holds what a client of a monitor got."""
+        self._held[action.handed] = Held(action.handed, label, action.owner, action.fdsets, self._handed[action.handed])
+        self._changed()
+
     def release(self, action: "Release") -> None:
         """Take back what was handed over, but for what others use too."""
         self._released[action.handed] = action.failed
         self._sweep()
+        if self._held.pop(action.handed, None) is not None:
+            self._changed()
+
+    def list_held(self) -> "tuple[Held, ...]":
+        """Return what objects of QEMU's hold."""
+        return tuple(self._held.values())
+
+    def restore(self, held: "Iterable[Held]") -> None:
+        """Take over what an earlier supervisor has handed out."""
+        for item in held:
+            self._held[item.number] = item
+            self._handed[item.number] = item.handed
+            self._last = max(self._last, item.number)
 
     def find_leftovers(self) -> "tuple[Leftover, ...]":
         """Return what was made on the host and goes when QEMU ends."""
@@ -88,7 +118,7 @@ class Opener:
         def work() -> "tuple[Plain, list[int]]":
             from qemu_userns.supervisor.hotplug import take_back
 
-            return to_plain(take_back(self._state, self.pid, shown, created, self._lock)), []
+            return to_plain(take_back(self._state, self.pid, self.pidfd, shown, created, self._lock)), []
 
         def done(result: object, _: "tuple[int, ...]") -> None:
             if isinstance(result, Failed):

@@ -1,22 +1,39 @@
 """The run directory: which VMs have a supervisor, with all that the next one would have to know.
 
-For each VM DIR/vms/PID.json, written atomically, DIR/vms/PID.qmp, our own socket on its monitor, and DIR/vms/PID.log. DIR is
-/run/qemu-userns for root, else /run/user/UID/qemu-userns, or /tmp/qemu-userns-UID where the host has no such directory.
+For each VM DIR/vms/PID.json, written atomically; PID.qmp, our own socket on its monitor; PID.log; and PID.lock, whose lock the
+supervisor holds. DIR is /run/qemu-userns for root, else /run/user/UID/qemu-userns, or /tmp/qemu-userns-UID where the host has no
+such directory.
 """
 
+import fcntl
 import json
 import os
 import stat
 
 from qemu_userns.errors import HostError
 from qemu_userns.host.identity import RUN_DIR
-from qemu_userns.supervisor.state import State, decode_state, encode_state
+from qemu_userns.record import Record, from_plain, to_plain
+from qemu_userns.supervisor import handed, state
+from qemu_userns.supervisor.state import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from qemu_userns.supervisor.handed import Held
+
 _START_FIELD = 21  # of /proc/PID/stat, counted from 0: proc(5), starttime
+
+
+class Entry(Record):
+    """What is known of a VM."""
+
+    state: State
+    supervisor: int  # pid
+    held: "tuple[Held, ...]" = ()  # what its objects were given while it ran
+
+
+CLASSES: "dict[str, type[Record]]" = {**state.CLASSES, **handed.CLASSES, "Entry": Entry}
 
 
 def find_run_dir(uid: int) -> str:
@@ -52,20 +69,30 @@ def open_registry(uid: int) -> str:
     return f"{directory}/vms"
 
 
-def write_entry(directory: str, pid: int, state: State) -> None:
-    """Write the state of a VM, all of it or nothing; raises OSError."""
+def lock_entry(directory: str, pid: int) -> "int | None":
+    """Return an owned fd whose lock says that a VM has a supervisor, None where it has one; raises OSError."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(f"{directory}/{pid}.lock", flags, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def write_entry(directory: str, pid: int, entry: Entry) -> None:
+    """Write what is known of a VM, all of it or nothing; raises OSError."""
     path = f"{directory}/{pid}.json"
     with open(f"{path}.new", "w", encoding="utf-8", errors="surrogateescape") as file:
         os.fchmod(file.fileno(), 0o600)
-        json.dump(encode_state(state), file)
-        file.flush()
-        os.fsync(file.fileno())
+        json.dump(to_plain(entry), file)
     os.rename(f"{path}.new", path)
 
 
 def remove_entry(directory: str, pid: int) -> None:
     """Forget a VM."""
-    for suffix in ("json", "json.new", "qmp", "log"):
+    for suffix in ("json", "json.new", "qmp", "log", "lock"):
         try:
             os.unlink(f"{directory}/{pid}.{suffix}")
         except FileNotFoundError:
@@ -74,21 +101,52 @@ def remove_entry(directory: str, pid: int) -> None:
 
 def read_entries(directory: str) -> "Iterator[tuple[int, State]]":
     """Yield pid and state of each VM that runs; entries of those that have ended are left alone."""
+    for pid in _list_pids(directory):
+        try:
+            entry = read_entry(directory, pid)
+        except (OSError, ValueError):
+            continue  # gone meanwhile, or of another version
+        if entry.state.started == find_start(pid):
+            yield pid, entry.state
+
+
+def read_entry(directory: str, pid: int) -> Entry:
+    """Return what is known of a VM.
+
+    Raises:
+        OSError: nothing is.
+        ValueError: it was written by another version of this program.
+    """
+    with open(f"{directory}/{pid}.json", encoding="utf-8", errors="surrogateescape") as file:
+        plain = json.load(file)
+    try:
+        entry = from_plain(plain, CLASSES)
+    except TypeError as err:
+        raise ValueError(str(err)) from err
+    if not isinstance(entry, Entry):
+        raise ValueError("no entry of a VM")
+    return entry
+
+
+def sweep(directory: str) -> None:
+    """Forget the VMs that have ended without a supervisor."""
+    for pid in _list_pids(directory):
+        try:
+            ended = read_entry(directory, pid).state.started != find_start(pid)
+        except (OSError, ValueError):
+            ended = find_start(pid) == 0
+        lock = lock_entry(directory, pid) if ended else None
+        if lock is not None:
+            remove_entry(directory, pid)
+            os.close(lock)
+
+
+def _list_pids(directory: str) -> "list[int]":
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
-        return
-    for name in sorted(names):
-        pid, _, suffix = name.partition(".")
-        if suffix != "json" or not pid.isdecimal():
-            continue
-        try:
-            with open(f"{directory}/{name}", encoding="utf-8", errors="surrogateescape") as file:
-                state = decode_state(json.load(file))
-        except (OSError, ValueError):
-            continue  # gone meanwhile, or of another version
-        if state.started and state.started == find_start(int(pid)):
-            yield int(pid), state
+        return []
+    return sorted(int(name[: -len(".json")]) for name in names if name.endswith(".json") and name[: -len(".json")].isdecimal())
 
 
 def find_start(pid: int) -> int:
@@ -101,6 +159,6 @@ def find_start(pid: int) -> int:
     return int(text[text.rindex(b")") + 2 :].split()[_START_FIELD - 2])
 
 
-def match(pid: int, state: State, wanted: str) -> bool:
+def match(pid: int, vm: State, wanted: str) -> bool:
     """Say whether a VM is meant by a name, a uuid or a pid."""
-    return wanted in (str(pid), state.name, state.uuid) and wanted != ""
+    return wanted in (str(pid), vm.name, vm.uuid) and wanted != ""

@@ -1,25 +1,29 @@
 """All monitors of one VM: the fds that the launcher handed over, and our own socket in the run directory."""
 
 import os
+import stat
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
 
-from qemu_userns.plan.grants import CONNECT
+from qemu_userns.errors import HostError
+from qemu_userns.host.leftovers import Leftover
+from qemu_userns.plan.grants import CONNECT, FD
 from qemu_userns.plan.rights import Rights
 from qemu_userns.supervisor import registry
 from qemu_userns.supervisor.broker import Broker, Host
 from qemu_userns.supervisor.log import Log
 from qemu_userns.supervisor.opener import Opener
+from qemu_userns.supervisor.registry import Entry
 from qemu_userns.supervisor.rules import RULES
 from qemu_userns.supervisor.worker import Failed, start_worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from qemu_userns.host.leftovers import Leftover
     from qemu_userns.plan.grants import Monitor
     from qemu_userns.qmp.actions import Owner
     from qemu_userns.record import Plain
+    from qemu_userns.supervisor.handed import Held
     from qemu_userns.supervisor.poller import Poller
     from qemu_userns.supervisor.state import State
 
@@ -30,18 +34,18 @@ _CONNECT_TIMEOUT_S = 60
 class Server:
     """Everything that a VM's supervisor serves."""
 
-    def __init__(self, state: "State", poller: "Poller", learn_pid: "Callable[[int], bool]") -> None:
+    def __init__(self, state: "State", poller: "Poller", learn_pid: "Callable[[int], int]") -> None:
         """Prepare.
 
         Args:
             state: the VM's.
             poller: calls back.
-            learn_pid: told QEMU's pid when QEMU speaks.
+            learn_pid: told QEMU's pid when QEMU speaks; returns a pidfd, which it keeps.
         """
         self._state, self._poller, self._learn_pid = state, poller, learn_pid
-        self._directory = registry.open_registry(os.geteuid())
+        self._directory = ""  # of the registry, once the VM is there
         self._log = Log()
-        self._opener = Opener(state, poller, self._log.write)
+        self._opener = Opener(state, poller, self._log.write, self._save)
         self._host = Host(poller, self._opener, self._log.write, self._hear_pid, self._tell_removed)
         self._brokers: "list[Broker]" = []
         self._pid = 0
@@ -49,7 +53,7 @@ class Server:
     def serve(self, fds: "Sequence[int]") -> None:
         """Serve the monitors; takes the fds over: of each monitor its public end and the way in, then our own sockets."""
         left = list(fds)
-        for monitor in self._state.monitors:
+        for monitor in self._name_sockets(left):
             public = [left.pop(0) for _ in range(monitor.public_count)]
             broker = Broker(self._host, monitor, left.pop(0), RULES, frozenset())
             self._brokers.append(broker)
@@ -60,17 +64,41 @@ class Server:
         if not self._state.daemonizes:
             self._hear_pid(self._state.pid)
 
+    def restore(self, held: "Iterable[Held]") -> None:
+        """Take over what an earlier supervisor has handed out."""
+        items = tuple(held)
+        self._opener.restore(items)
+        for item in items:
+            for broker in self._brokers:
+                if broker.monitor.label == item.label:
+                    broker.restore(item.owner, item.number, item.fdsets)
+        self._save()
+
     def has_more(self) -> bool:
         """Say whether QEMU's last words are still to be read, or to be passed on."""
         return any(not broker.ended or broker.has_unsent() for broker in self._brokers)
 
     def close(self) -> "tuple[Leftover, ...]":
-        """Close all, and forget the VM; return what was made for it while it ran and has to go."""
+        """Close all, and forget the VM; return what was made for it and has to go."""
         for broker in self._brokers:
             broker.close()
-        if self._pid:
+        if self._directory:
             registry.remove_entry(self._directory, self._pid)
-        return self._opener.find_leftovers()
+        return (*self._state.leftovers, *self._opener.find_leftovers())
+
+    def _name_sockets(self, fds: "list[int]") -> "tuple[Monitor, ...]":
+        """Return the monitors; a listening socket that was inherited has a path too, which QEMU would remove at its end."""
+        monitors, leftovers = [], list(self._state.leftovers)
+        position = 0
+        for monitor in self._state.monitors:
+            path = find_socket_path(fds[position]) if monitor.kind == FD and monitor.listens and not monitor.path else ""
+            position += monitor.public_count + 1
+            if path:
+                found = os.lstat(path)
+                leftovers.append(Leftover(path, (found.st_dev, found.st_ino), True))
+            monitors.append(monitor.replace(path=path) if path else monitor)
+        self._state = self._state.replace(monitors=tuple(monitors), leftovers=tuple(leftovers))
+        return self._state.monitors
 
     def _serve(self, broker: Broker, public: "list[int]") -> None:
         """Serve one monitor; one that connects out does so again and again, as QEMU's `reconnect`."""
@@ -112,14 +140,49 @@ class Server:
         """Register the VM, once its pid is known; that of a launcher that daemonizes is not."""
         if self._pid or (self._state.daemonizes and pid == self._state.pid):
             return
-        self._learn_pid(pid)
         self._pid = self._opener.pid = pid
+        self._opener.pidfd = self._learn_pid(pid)
+        self._state = self._state.replace(pid=pid, daemonizes=False, started=registry.find_start(pid))
         try:
-            self._log.open(f"{self._directory}/{pid}.log")
-            self._brokers[0].listen(_listen(f"{self._directory}/{pid}.qmp"), Rights())
-            registry.write_entry(self._directory, pid, self._state.replace(pid=pid, started=registry.find_start(pid)))
+            self._register()
+        except HostError as err:
+            self._log.write(f"the VM is not registered, qmp and adopt do not know it: {err}")
         except OSError as err:
-            self._log.write(f"the VM cannot be registered: {err.strerror}")
+            self._log.write(f"the VM is not registered, qmp and adopt do not know it: {err.strerror}")
+
+    def _register(self) -> None:
+        """Make the VM known to others of our programs, on a socket of its own."""
+        directory, pid = registry.open_registry(os.geteuid()), self._pid
+        registry.sweep(directory)
+        self._lock = registry.lock_entry(directory, pid)
+        self._directory = directory
+        self._log.open(f"{directory}/{pid}.log")
+        self._brokers[0].listen(_listen(f"{directory}/{pid}.qmp"), Rights())
+        self._save()
+
+    def _save(self) -> None:
+        """Write down what the next supervisor has to know."""
+        if not self._directory:
+            return
+        try:
+            registry.write_entry(self._directory, self._pid, Entry(self._state, os.getpid(), self._opener.list_held()))
+        except OSError as err:
+            self._log.write(f"the state of the VM cannot be written: {err.strerror}")
+
+
+def find_socket_path(fd: int) -> str:
+    """Return where a unix socket is bound, "" if that is no path from / on that leads to a socket."""
+    bound = socket(fileno=fd)
+    try:
+        name = bound.getsockname()
+    finally:
+        bound.detach()
+    if not isinstance(name, str) or not name.startswith("/"):
+        return ""
+    try:
+        return name if stat.S_ISSOCK(os.lstat(name).st_mode) else ""
+    except OSError:
+        return ""
 
 
 def _listen(path: str) -> int:

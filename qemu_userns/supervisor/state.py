@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from qemu_userns.host.opening import Opened
     from qemu_userns.plan.layout import Placed
     from qemu_userns.plan.plan import Plan
-    from qemu_userns.record import Plain
     from qemu_userns.request import Start
 
 
@@ -65,30 +64,10 @@ def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
     )
 
 
-def encode_state(state: State) -> "Plain":
-    """Return a state as dicts and lists."""
-    return to_plain(state)
-
-
-def decode_state(plain: object) -> State:
-    """Return what `encode_state` was given.
-
-    Raises:
-        ValueError: it is no state, or one of another version of this program.
-    """
-    try:
-        state = from_plain(plain, CLASSES)
-    except TypeError as err:
-        raise ValueError(str(err)) from err
-    if not isinstance(state, State):
-        raise ValueError("no state of a VM")
-    return state
-
-
 def write_state(state: State) -> int:
     """Return an owned fd of a memfd that holds a state, to be read by the interpreter of the same version."""
     fd = os.memfd_create("qemu-userns-state", os.MFD_CLOEXEC)
-    os.write(fd, marshal.dumps(encode_state(state)))
+    os.write(fd, marshal.dumps(to_plain(state)))
     return fd
 
 
@@ -96,4 +75,6 @@ def read_state(fd: int) -> State:
     """Return the state in a memfd; takes ownership of it."""
     os.lseek(fd, 0, os.SEEK_SET)
     with os.fdopen(fd, "rb") as file:
-        return decode_state(marshal.load(file))
+        state = from_plain(marshal.load(file), CLASSES)
+    assert isinstance(state, State)
+    return state

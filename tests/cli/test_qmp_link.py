@@ -183,7 +183,8 @@ def register(vms: Path, pid: int, name: str, uuid: str = "") -> None:
     fields: dict[str, Any] = dict.fromkeys(State._fields, ())
     identity = Identity(1000, 1000, (), False, "self", (), (), "")
     known = {"pid": pid, "name": name, "uuid": uuid, "program": "/q", "version": (9, 2, 0), "identity": identity}
-    registry.write_entry(str(vms), pid, State(**{**fields, **known, "started": registry.find_start(pid)}))
+    state = State(**{**fields, **known, "started": registry.find_start(pid)})
+    registry.write_entry(str(vms), pid, registry.Entry(state, pid))
 
 
 def test_a_pid_goes_before_a_name_of_digits(vms: Path) -> None:

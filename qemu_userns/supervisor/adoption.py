@@ -1,0 +1,109 @@
+"""Become the supervisor of a VM that has lost its own: by what the registry knows, and by what QEMU itself holds.
+
+QEMU keeps an fd that is the way in to each of its private monitor sockets (plan/grants.py: Monitor.way_in); opened through
+/proc/PID/fd it leads there again. The public sockets are bound anew. What had no name is lost with the process that had it: the
+caller's stdio, and the connection that the caller passed in or QEMU's side had made without `reconnect`.
+"""
+
+import os
+import stat
+
+from qemu_userns.errors import HostError, SandboxError
+from qemu_userns.host.leftovers import Leftover
+from qemu_userns.host.sockets import BACKLOG, listen_unix, open_address
+from qemu_userns.linux import process
+from qemu_userns.plan.grants import LISTEN, Monitor
+from qemu_userns.supervisor import registry
+from qemu_userns.supervisor.server import Server
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.supervisor.poller import Poller
+    from qemu_userns.supervisor.state import State
+
+_HINT = "qemu-userns adopt --replace puts a new one in its place"
+
+
+def take_over(directory: str, pid: int, poller: "Poller") -> "tuple[State, int, Server]":
+    """Serve the monitors of a VM from now on; return its state, an owned pidfd of QEMU, and the server.
+
+    Should: run as the user who launched it.
+
+    Raises:
+        HostError: it has a supervisor, or has ended, or another version of this program wrote its state.
+        SandboxError: QEMU does not hold its side any more.
+        OSError: a socket cannot be bound.
+    """
+    for number in (process.SIGHUP, process.SIGINT, process.SIGTERM):
+        process.ignore_signal(number)
+    lock = registry.lock_entry(directory, pid)
+    if lock is None:
+        raise HostError(str(pid), "this VM has a supervisor", _HINT)
+    try:
+        entry = registry.read_entry(directory, pid)
+    except (OSError, ValueError) as err:
+        raise HostError(str(pid), f"its state cannot be read: {err}") from err
+    pidfd = os.pidfd_open(pid)
+    if entry.state.started != registry.find_start(pid):
+        raise HostError(str(pid), "this VM has ended")
+    os.close(lock)  # Server takes it again, for as long as it lives
+    os.umask(entry.state.caller.umask)
+    state, fds = _open_all(entry.state)
+    os.umask(0o077)
+    server = Server(state, poller, lambda _: pidfd)
+    server.serve(fds)
+    server.restore(entry.held)
+    return state, pidfd, server
+
+
+def _open_all(state: "State") -> "tuple[State, list[int]]":
+    """Open what a launcher hands over; return the state with the sockets as they are now, and owned fds."""
+    fds: "list[int]" = []
+    monitors, leftovers = [], {item.path: item for item in state.leftovers}
+    for monitor in state.monitors:
+        found = _open_public(monitor, leftovers)
+        fds += found
+        monitors.append(monitor.replace(wait=False, lost=len(found) < monitor.public_count))
+        fds.append(_open_way_in(state.pid, monitor.way_in))
+    for grant in state.sockets:
+        fds.append(_bind_again(grant.path, grant.mode, leftovers))
+    return state.replace(monitors=tuple(monitors), leftovers=tuple(leftovers.values())), fds
+
+
+def _open_public(monitor: Monitor, leftovers: "dict[str, Leftover]") -> "list[int]":
+    """Return owned fds of a monitor's public end, none where it cannot be had again."""
+    if monitor.listens and monitor.path:  # also one that was inherited as an fd, if it has a name
+        return [_bind_again(monitor.path, None, leftovers)]
+    if monitor.kind == LISTEN:
+        return open_address(monitor)
+    return []
+
+
+def _bind_again(path: str, mode: "int | None", leftovers: "dict[str, Leftover]") -> int:
+    """Bind a socket where the VM's own was; return an owned fd.
+
+    Must not: take a path away from somebody who has put something else there since.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        found = None
+    before = leftovers.get(path)
+    if found is not None and before is not None and (found.st_dev, found.st_ino) != before.inode:
+        raise HostError(path, "something else is there now", "move it away, and adopt again")
+    if found is not None and not stat.S_ISSOCK(found.st_mode):
+        raise HostError(path, "it is no socket", "move it away, and adopt again")
+    fd, status = listen_unix(path, path, os.geteuid() == 0, BACKLOG, mode)
+    leftovers[path] = Leftover(path, (status.st_dev, status.st_ino), True)
+    return fd
+
+
+def _open_way_in(pid: int, number: int) -> int:
+    """Return an owned fd by which to connect to a private socket of QEMU's."""
+    try:
+        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_PATH | os.O_CLOEXEC)
+    except OSError as err:
+        raise SandboxError(f"the monitor of QEMU {pid}", f"it is out of reach: {err.strerror}") from err
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        raise SandboxError(f"the monitor of QEMU {pid}", "QEMU has put something else in its place")
+    return fd
