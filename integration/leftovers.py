@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from qemu_userns.supervisor.registry import find_run_dir
+
 OURS = ("qemu-system", "qemu_userns", "qemu-userns")
 
 
@@ -74,5 +76,5 @@ def is_ours(command: str) -> bool:
 
 
 def run_files() -> frozenset[str]:
-    folders = [Path("/run/qemu-userns"), Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}") / "qemu-userns"]
+    folders = [Path("/run/qemu-userns"), Path(find_run_dir(os.getuid()))]
     return frozenset(str(path) for folder in folders for path in folder.glob("**/*") if not path.is_dir())

@@ -67,7 +67,11 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     try:
         open_grants(plan.grants, plan.identity, None if start.lease is None else start.lease.fd, opened)
         namespaces = supervisor.open_namespaces()
-        supervisor.hand_over([write_state(build_state(start, plan, opened)), *opened.served] if plan.needs_supervisor else ())
+        if plan.needs_supervisor:
+            state = build_state(start, plan, opened)
+            supervisor.hand_over([write_state(state), *opened.served], state.title)
+        else:
+            supervisor.hand_over(())
     except BaseException:
         opened.undo()
         raise

@@ -10,6 +10,7 @@ from qemu_userns.cli.vms import Vm, find_vm, read_vms
 from qemu_userns.errors import HostError, UsageError
 from qemu_userns.supervisor import main as supervisor_main
 from qemu_userns.supervisor import registry
+from qemu_userns.supervisor.process import PROGRAM
 
 _END_TIMEOUT_S = 5
 _PAUSE_S = 0.01
@@ -57,7 +58,7 @@ def _start_supervisor(vm: Vm) -> bytes:
     words = ["-I", "-S", supervisor_main.__file__, "adopt", os.path.dirname(vm.socket), str(vm.pid), str(theirs)]
     try:
         subprocess.Popen(
-            ["qemu-userns-supervisor", *words],
+            [f"{PROGRAM}: {vm.state.title}", *words],
             executable=sys.executable,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -6,6 +6,10 @@ import sys
 
 from qemu_userns.linux.syscall import IntResult, call, find_function, syscall
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 CLONE_NEWNS = 0x00020000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
@@ -100,6 +104,15 @@ def capset(permitted: "frozenset[int]") -> None:
 def close_range(first: int, last: int, flags: int) -> None:
     """Close a range of fds, or with CLOSE_RANGE_CLOEXEC mark them close-on-exec (Linux 5.11)."""
     syscall(436, first, last, flags)
+
+
+def close_all_but(kept: "Iterable[int]") -> None:
+    """Close every fd but 0, 1, 2 and `kept`."""
+    first = 3
+    for fd in (*sorted(kept), FD_MAX):
+        if first < fd:
+            close_range(first, fd - 1, 0)
+        first = max(first, fd + 1)
 
 
 SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGCHLD, SIGXFSZ = 1, 2, 13, 15, 17, 25

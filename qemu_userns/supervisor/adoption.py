@@ -7,9 +7,11 @@ caller's stdio, and the connection that the caller passed in or QEMU's side had 
 
 import os
 import stat
+from _socket import AF_UNIX, SOCK_STREAM, socket
 
 from qemu_userns.errors import HostError, SandboxError
 from qemu_userns.host.leftovers import Leftover
+from qemu_userns.host.realpath import open_real
 from qemu_userns.host.sockets import BACKLOG, listen_unix, open_address
 from qemu_userns.linux import process
 from qemu_userns.plan.grants import LISTEN, Monitor
@@ -89,13 +91,24 @@ def _bind_again(path: str, mode: "int | None", leftovers: "dict[str, Leftover]")
     except FileNotFoundError:
         found = None
     before = leftovers.get(path)
-    if found is not None and before is not None and (found.st_dev, found.st_ino) != before.inode:
-        raise HostError(path, "something else is there now", "move it away, and adopt again")
-    if found is not None and not stat.S_ISSOCK(found.st_mode):
-        raise HostError(path, "it is no socket", "move it away, and adopt again")
+    if found is not None:
+        ours = before is None or (found.st_dev, found.st_ino) == before.inode
+        if not ours or not stat.S_ISSOCK(found.st_mode) or _is_served(path):
+            raise HostError(path, "something else is there now", "move it away, and adopt again")
     fd, status = listen_unix(path, path, os.geteuid() == 0, BACKLOG, mode)
     leftovers[path] = Leftover(path, (status.st_dev, status.st_ino), True)
     return fd
+
+
+def _is_served(path: str) -> bool:
+    """Say whether somebody listens on a socket: its inode's number alone may be that of the one that is gone."""
+    place = open_real(path, os.O_PATH | os.O_NOFOLLOW)
+    client = socket(AF_UNIX, SOCK_STREAM)
+    try:
+        return client.connect_ex(f"/proc/self/fd/{place}") == 0
+    finally:
+        client.close()
+        os.close(place)
 
 
 def _open_way_in(pid: int, number: int) -> int:

@@ -1,7 +1,8 @@
 """One QMP monitor of QEMU's and its clients: the sockets around a Session (qmp/session.py)."""
 
 import os
-from _socket import AF_UNIX, SO_DOMAIN, SO_PASSCRED, SO_PEERCRED, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, socket
+from _socket import AF_UNIX, SO_DOMAIN, SO_PASSCRED, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
+from collections import deque
 
 from qemu_userns.plan.grants import FD, LISTEN, STDIO
 from qemu_userns.plan.rights import READ_ONLY
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _MOST_CLIENTS = 128
 _TOKEN_BYTES = 12
 _SIZE_OF_UCRED = 12
+_FULL_PAUSE_S = 0.25
 
 
 class Host:
@@ -80,7 +82,13 @@ class Broker:
         self._qemu: "Connection | None" = None
         self._clients: "dict[int, Connection]" = {}
         self._listeners: "list[int]" = []
+        self._paused: "set[int]" = set()  # clients that are not read from for now
         self._ending: "set[int]" = set()  # clients that say no more, and still have answers to come
+        self._leaving: "set[Connection]" = set()  # of clients that are forgotten but for what they have to read
+        self._lost: "dict[int, Callable[[], None]]" = {}
+        self._todo: "deque[Action]" = deque()
+        self._at_work = False
+        self._full = False  # the last client could not be accepted
         self._last_client = 0
 
     def serve(self, public: "list[int]", lost: "Callable[[], None]") -> None:
@@ -100,16 +108,26 @@ class Broker:
 
     def connect_qemu(self) -> None:
         """Connect to QEMU's private socket; it answers once it runs."""
-        ours = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+        ours = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK)  # QEMU may never accept
         ours.setsockopt(SOL_SOCKET, SO_PASSCRED, 1)  # what QEMU sends comes with its pid
-        ours.connect(f"/proc/self/fd/{self._way_in}")
+        try:
+            ours.connect(f"/proc/self/fd/{self._way_in}")
+        except OSError as err:
+            self._log(f"QEMU's side of the monitor is gone: {err.strerror}")
+            self._end()
+            return
         fd = ours.detach()
         self._qemu = Connection(self._host.poller, fd, fd, self._hear_qemu)
 
     def listen(self, fd: int, rights: "Rights") -> None:
         """Take the clients of a listening socket; takes it over."""
+        os.set_blocking(fd, False)  # as QEMU does: another process may have it too, and take the client first
         self._listeners.append(fd)
-        self._host.poller.watch(fd, IN, lambda _: self._accept(fd, rights))
+        self._watch_listener(fd, rights)
+
+    def _watch_listener(self, fd: int, rights: "Rights") -> None:
+        if fd in self._listeners:
+            self._host.poller.watch(fd, IN, lambda _: self._accept(fd, rights))
 
     def add_client(self, read_fd: int, write_fd: int, rights: "Rights", lost: "Callable[[], None] | None" = None) -> None:
         """Take a client; its fds are taken over."""
@@ -118,9 +136,9 @@ class Broker:
 
         def hear(data: bytes, fds: "tuple[int, ...]") -> None:
             self._hear_client(number, data, fds)
-            if lost is not None and number not in self._clients:
-                lost()
 
+        if lost is not None:
+            self._lost[number] = lost
         self._clients[number] = Connection(self._host.poller, read_fd, write_fd, hear)
         self._carry_out(self._session.open_client(number, _build_policy(rights)))
 
@@ -134,7 +152,7 @@ class Broker:
 
     def has_unsent(self) -> bool:
         """Say whether clients still have to read what was sent to them."""
-        return any(client.queued_bytes for client in self._clients.values())
+        return any(client.queued_bytes for client in (*self._clients.values(), *self._leaving))
 
     def close(self) -> None:
         """Close everything."""
@@ -142,9 +160,10 @@ class Broker:
             self._host.poller.unwatch(fd)
             os.close(fd)
         self._listeners.clear()
-        for client in self._clients.values():
+        for client in (*self._clients.values(), *self._leaving):
             client.close()
         self._clients.clear()
+        self._leaving.clear()
         if self._qemu is not None:
             self._qemu.close()
 
@@ -152,17 +171,24 @@ class Broker:
         listener = socket(fileno=fd)
         try:
             client, _ = listener._accept()  # type: ignore[attr-defined]
-        except OSError as err:
-            self._log(f"a client cannot be accepted: {err.strerror}")
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as err:  # no fds or no memory are left: it waits, as with plain QEMU a second client does
+            if not self._full:
+                self._log(f"no client can be accepted: {err.strerror}")
+            self._full = True
+            self._host.poller.unwatch(fd)
+            self._host.poller.call_later(_FULL_PAUSE_S, lambda: self._watch_listener(fd, rights))
             return
         finally:
             listener.detach()
+        self._full = False
         uid = find_peer_uid(client)
         if rights.users and uid is not None and uid not in rights.users:
             os.close(client)
             self._log(f"a client of uid {uid} is turned away, as the settings say")
             return
-        if len(self._clients) >= _MOST_CLIENTS:
+        if len(self._clients) + len(self._leaving) >= _MOST_CLIENTS:
             os.close(client)
             self._log(f"a client is turned away: {_MOST_CLIENTS} are there")
             return
@@ -173,35 +199,51 @@ class Broker:
     def _hear_client(self, number: int, data: bytes, fds: "tuple[int, ...]") -> None:
         if data:
             self._carry_out(self._session.receive_client(number, data, fds))
-            self._steer(number)
+            if number in self._clients and not self._session.wants_input(number):
+                self._clients[number].read(False)
+                self._paused.add(number)
             return
-        connection = self._clients[number]
-        if connection.hung_up:
-            self._end_client(number)
+        if self._clients[number].hung_up:
+            self._end_client(number, deliver=False)
             return
         # It says no more, but reads the answers to what it said; QEMU goes on telling its stdout of events to the end.
-        connection.read(False)
+        self._clients[number].read(False)
         self._ending.add(number)
-        self._end_quiet_clients()
+        self._carry_out(())
 
-    def _end_quiet_clients(self) -> None:
-        """End the clients that say no more and have got all their answers."""
-        for number in tuple(self._ending):
-            if self._session.is_idle(number) and self.monitor.kind != STDIO:
-                self._end_client(number)
+    def _end_client(self, number: int, deliver: bool) -> None:
+        """Forget a client.
 
-    def _end_client(self, number: int) -> None:
+        Args:
+            number: of the client.
+            deliver: it still gets what waits for it; else its connection is closed at once.
+        """
         connection = self._clients.pop(number, None)
+        if connection is None:
+            return
         self._ending.discard(number)
-        if connection is not None:
-            connection.close()
-            self._carry_out(self._session.close_client(number))
+        self._paused.discard(number)
 
-    def _steer(self, number: int) -> None:
-        """Read on from a client, or not, as its session wants."""
-        connection = self._clients.get(number)
-        if connection is not None and number not in self._ending:
-            connection.read(self._session.wants_input(number))
+        def gone() -> None:
+            self._leaving.discard(connection)
+            if number in self._lost:
+                self._lost.pop(number)()
+
+        self._carry_out(self._session.close_client(number))
+        if not deliver:
+            connection.close()
+        self._leaving.add(connection)
+        connection.finish(gone)
+
+    def _steer(self) -> None:
+        """Read on from the clients that their session wants more of; end those that say no more and have all their answers."""
+        for number in [number for number in self._paused if self._session.wants_input(number)]:
+            self._paused.discard(number)
+            if number not in self._ending:
+                self._clients[number].read(True)
+        if self._ending and self.monitor.kind != STDIO:
+            for number in [number for number in self._ending if self._session.is_idle(number)]:
+                self._end_client(number, deliver=True)
 
     def _hear_qemu(self, data: bytes, fds: "tuple[int, ...]") -> None:
         assert self._qemu is not None
@@ -212,37 +254,56 @@ class Broker:
         if data:
             self._carry_out(self._session.receive_qemu(data))
         else:
-            self.ended = True
+            self._end()
+
+    def _end(self) -> None:
+        """Take the end of QEMU's side."""
+        self.ended = True
+        if self._qemu is not None:
             self._qemu.close()
-            self._carry_out(self._session.close_qemu())
-        for number in tuple(self._clients):
-            self._steer(number)
-        self._end_quiet_clients()
+        self._carry_out(self._session.close_qemu())
 
     def _carry_out(self, actions: "Iterable[Action]") -> None:
+        """Do what the session says, in order; what follows from doing it comes behind."""
+        self._todo.extend(actions)
+        if self._at_work:
+            return
+        self._at_work = True
+        try:
+            while True:
+                while self._todo:
+                    self._do(self._todo.popleft())
+                self._steer()
+                if not self._todo:
+                    break
+        finally:
+            self._at_work = False
+
+    def _do(self, action: "Action") -> None:
         opener = self._host.opener
-        for action in actions:
-            match action:
-                case SendClient():
-                    self._send_client(action)
-                case SendQemu():
-                    if self._qemu is not None:
-                        self._qemu.send(action.data, action.fds)
-                case CloseClient():
-                    self._close_client(action)
-                case CloseFds():
-                    for fd in action.fds:
-                        os.close(fd)
-                case Prepare():
-                    opener.prepare(action, lambda ticket, answer: self._carry_out(self._session.answer(ticket, answer)))
-                case Release():
-                    opener.release(action)
-                case Keep():
-                    opener.keep(self.monitor.label, action)
-                case Removed():
-                    self._host.tell_removed(self, action.owner)
-                case Log():
-                    self._log(action.text)
+        match action:
+            case SendClient():
+                self._send_client(action)
+            case SendQemu():
+                if self._qemu is not None:
+                    self._qemu.send(action.data, action.fds)
+            case CloseClient():
+                if action.reason:
+                    self._log(f"client {action.client}: {action.reason}")
+                self._end_client(action.client, deliver=True)
+            case CloseFds():
+                for fd in action.fds:
+                    os.close(fd)
+            case Prepare():
+                opener.prepare(action, lambda ticket, answer: self._carry_out(self._session.answer(ticket, answer)))
+            case Release():
+                opener.release(action)
+            case Keep():
+                opener.keep(self.monitor.label, action)
+            case Removed():
+                self._host.tell_removed(self, action.owner)
+            case Log():
+                self._log(action.text)
 
     def _send_client(self, action: SendClient) -> None:
         client = self._clients.get(action.client)
@@ -251,15 +312,7 @@ class Broker:
         client.send(action.data)
         if client.queued_bytes > OUTPUT_MAX_BYTES:
             self._log(f"client {action.client} reads too slowly and is disconnected")
-            self._end_client(action.client)
-
-    def _close_client(self, action: CloseClient) -> None:
-        """Close a client; what it has not read yet it gets before the supervisor ends."""
-        client = self._clients.get(action.client)
-        if action.reason:
-            self._log(f"client {action.client}: {action.reason}")
-        if client is not None and not client.queued_bytes:
-            self._end_client(action.client)
+            self._end_client(action.client, deliver=False)
 
     def _log(self, text: str) -> None:
         self._host.log(f"{self.monitor.label}: {text}")

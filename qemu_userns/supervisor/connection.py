@@ -1,6 +1,5 @@
 """One stream of bytes and fds: a client's, or QEMU's. Never blocks; what cannot be written at once is queued."""
 
-import errno
 import os
 import stat
 import sys
@@ -21,7 +20,6 @@ _CHUNK_BYTES = 65536
 _PIPE_BYTES = 4096  # PIPE_BUF: a pipe that poll(2) calls writable takes as much without blocking
 _MOST_FDS = 16  # as QEMU: io/channel-socket.c
 _ANCILLARY_BYTES = CMSG_SPACE(4 * _MOST_FDS) + CMSG_SPACE(12)
-_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EIO)
 
 
 class Connection:
@@ -38,9 +36,11 @@ class Connection:
         """
         self._poller = poller
         self._read_fd, self._write_fd = read_fd, write_fd
-        self._socket = socket(fileno=read_fd) if stat.S_ISSOCK(os.fstat(read_fd).st_mode) else None
+        is_socket = read_fd == write_fd and stat.S_ISSOCK(os.fstat(read_fd).st_mode)
+        self._socket = socket(fileno=read_fd) if is_socket else None
         self._receive = receive
-        self._queue: "deque[tuple[memoryview, tuple[int, ...]]]" = deque()
+        self._finished: "Callable[[], None] | None" = None
+        self._queue: "deque[tuple[bytearray, tuple[int, ...]]]" = deque()
         self._reading = True
         self.queued_bytes = 0
         self.peer_pid = 0  # as the kernel told with the last bytes, where it was asked to (SO_PASSCRED)
@@ -50,7 +50,7 @@ class Connection:
 
     def read(self, wanted: bool) -> None:
         """Go on reading, or stop until told to go on."""
-        if wanted != self._reading and not self.closed:
+        if wanted != self._reading and not self.closed and self._finished is None:
             self._reading = wanted
             self._watch()
 
@@ -59,13 +59,25 @@ class Connection:
         if self.closed:
             _close_all(fds)
             return
-        self._queue.append((memoryview(data), fds))
         self.queued_bytes += len(data)
+        if self._queue and not fds and len(self._queue[-1][0]) < _CHUNK_BYTES:
+            self._queue[-1][0].extend(data)  # many small messages would need many times their size
+            return
+        self._queue.append((bytearray(data), fds))
         if len(self._queue) == 1:
             if self._socket is not None:
                 self._flush()
             else:
                 self._watch()  # a pipe may block when poll(2) was not asked
+
+    def finish(self, done: "Callable[[], None]") -> None:
+        """Read no more; close once the peer has got all that is queued, or is gone, and say so."""
+        if self.closed or self.hung_up or not self._queue:
+            self.close()
+            done()
+            return
+        self._reading, self._finished = False, done
+        self._watch()
 
     def close(self) -> None:
         """Close the fds, and drop what is queued."""
@@ -77,6 +89,7 @@ class Connection:
         for _, fds in self._queue:
             _close_all(fds)
         self._queue.clear()
+        self.queued_bytes = 0
         if self._socket is not None:
             self._socket.close()
         for fd in {self._read_fd, self._write_fd} if self._socket is None else ():
@@ -87,15 +100,17 @@ class Connection:
         into = IN if self._reading else 0
         out = OUT if self._queue else 0
         if self._read_fd == self._write_fd:
-            self._poller.watch(self._read_fd, into | out, self._happened)
+            self._poller.watch(self._read_fd, into | out, self._happened, self._break)
             return
-        for fd, events in ((self._read_fd, into), (self._write_fd, out)):
+        # What happens to one of them says nothing of the other: reading would block.
+        for fd, events, callback in ((self._read_fd, into, self._readable), (self._write_fd, out, self._writable)):
             if events:
-                self._poller.watch(fd, events, self._happened)
+                self._poller.watch(fd, events, callback, self._break)
             else:
                 self._poller.unwatch(fd)
 
     def _happened(self, events: int) -> None:
+        """Write, read or hear of the end: one fd."""
         self.hung_up = self.hung_up or bool(events & (HUP | ERR))
         if events & OUT and self._queue:
             self._flush()
@@ -103,7 +118,27 @@ class Connection:
             if self._reading:
                 self._read()
             elif events & ~(IN | OUT):  # the peer has gone, and nobody wants to hear what it said last
-                self._receive(b"", ())
+                self._end()
+
+    def _readable(self, _: int) -> None:
+        self._read()
+
+    def _writable(self, _: int) -> None:
+        self._flush()
+
+    def _end(self) -> None:
+        """Tell of the end of the stream."""
+        if self._finished is not None:
+            self.close()
+            self._finished()
+        else:
+            self._receive(b"", ())
+
+    def _break(self) -> None:
+        """Be gone, since what came in cannot be dealt with."""
+        self.hung_up = True
+        self.close()
+        self._end()
 
     def _read(self) -> None:
         """Read once, and hand it on."""
@@ -111,10 +146,8 @@ class Connection:
             data, fds = self._receive_message() if self._socket is not None else (os.read(self._read_fd, _CHUNK_BYTES), ())
         except BlockingIOError:
             return
-        except OSError as err:
-            if err.errno not in _GONE:
-                raise
-            data, fds = b"", ()
+        except OSError:
+            data, fds = b"", ()  # reset, timed out, out of reach: whatever it is, nothing more comes
         self._receive(data, fds)
 
     def _receive_message(self) -> "tuple[bytes, tuple[int, ...]]":
@@ -136,22 +169,26 @@ class Connection:
                 count = self._write(data, fds)
             except BlockingIOError:
                 break
-            except OSError as err:
-                if err.errno not in _GONE:
-                    raise
-                count = len(data)  # nobody reads it; that the peer has gone is told by reading
-            _close_all(fds)
+            except OSError:
+                # Nobody reads it: that the peer has gone is told by reading. Or the kernel does not let the fds pass
+                # (ETOOMANYREFS, a security module): the command goes without, and QEMU says that it has got none.
+                count = 0 if fds else len(data)
+            if fds:
+                _close_all(fds)
+                self._queue[0] = (data, ())
             self.queued_bytes -= count
             if count == len(data):
                 self._queue.popleft()
             else:
-                self._queue[0] = (data[count:], ())
+                del data[:count]
             if self._socket is None:
                 break
+        if not self._queue and self._finished is not None:
+            self._end()
         if not self.closed:
             self._watch()
 
-    def _write(self, data: memoryview, fds: "tuple[int, ...]") -> int:
+    def _write(self, data: bytearray, fds: "tuple[int, ...]") -> int:
         if self._socket is None:
             return os.write(self._write_fd, data[:_PIPE_BYTES])
         if not fds:

@@ -48,10 +48,11 @@ class Watch:
             self._watch_process()
 
     def learn_pid(self, pid: int) -> int:
-        """Take note of the pid of QEMU; return a pidfd of it, which stays this object's."""
+        """Take note of the pid of QEMU; return a pidfd of it, which stays this object's; raises OSError."""
         if self._daemonizes:
+            pidfd = os.pidfd_open(pid)
             os.close(self._pidfd)
-            self._daemonizes, self._pidfd = False, os.pidfd_open(pid)
+            self._daemonizes, self._pidfd = False, pidfd
             self._watch_process()
         return self._pidfd
 

@@ -76,7 +76,7 @@ class Opener:
             names = tuple(zip(result["names"], fds[len(fdsets) :], strict=True))
             answer(action.ticket, Prepared(result["text"], fdsets, names, number, result["one_shot"]))
 
-        start_worker(self._poller, work, done, _TIMEOUT_S)
+        start_worker(self._poller, work, done, _TIMEOUT_S, (self._lock, self.pidfd))
 
     def keep(self, label: str, action: "Keep") -> None:
         """Note which object of QEMU's holds what a client of a monitor got."""
@@ -127,4 +127,4 @@ class Opener:
                 self._covered += from_plain(result, CLASSES)
 
         self._covered = ()
-        start_worker(self._poller, work, done, _TIMEOUT_S)
+        start_worker(self._poller, work, done, _TIMEOUT_S, (self._lock, self.pidfd))

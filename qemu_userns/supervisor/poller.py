@@ -3,6 +3,8 @@
 import select
 import time
 
+from qemu_userns.errors import describe_bug
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,14 +17,22 @@ class Poller:
 
     def __init__(self) -> None:
         """Start with none."""
+        self.report: "Callable[[str], None] | None" = None  # told of what nobody expected; without one, that ends the process
         self._poll = select.poll()
-        self._callbacks: "dict[int, Callable[[int], None]]" = {}
+        self._callbacks: "dict[int, tuple[Callable[[int], None], Callable[[], None] | None]]" = {}
         self._timers: "list[tuple[float, Callable[[], None]]]" = []
 
-    def watch(self, fd: int, events: int, callback: "Callable[[int], None]") -> None:
-        """Call back with what happened on an fd, from now on; HUP and ERR are always told. The fd is borrowed."""
+    def watch(self, fd: int, events: int, callback: "Callable[[int], None]", broken: "Callable[[], None] | None" = None) -> None:
+        """Call back with what happened on an fd, from now on; HUP and ERR are always told. The fd is borrowed.
+
+        Args:
+            fd: what to watch.
+            events: IN, OUT or both.
+            callback: told of them.
+            broken: called when that raises what nobody expected: closes what the fd is for.
+        """
         self._poll.register(fd, events)
-        self._callbacks[fd] = callback
+        self._callbacks[fd] = (callback, broken)
 
     def unwatch(self, fd: int) -> None:
         """Stop; must come before the fd is closed. One that is not watched is left alone."""
@@ -37,13 +47,29 @@ class Poller:
         """Wait for something to happen, at most `timeout_s`, and call back for all of it."""
         now = time.monotonic()
         waits = [max(0.0, due - now) for due, _ in self._timers] + ([] if timeout_s is None else [timeout_s])
-        for fd, events in self._poll.poll(min(waits) * 1000 if waits else None):
-            callback = self._callbacks.get(fd)  # an earlier callback may have ended this one
-            if callback is not None:
-                callback(events)
+        happened = self._poll.poll(min(waits) * 1000 if waits else None)
+        for fd, events, watched in [(fd, events, self._callbacks[fd]) for fd, events in happened]:
+            # An earlier callback may have ended this one, and the fd's number may be another's by now.
+            if self._callbacks.get(fd) == watched:
+                self._call(watched[1], watched[0], events)
         if self._timers:
             now = time.monotonic()
             expired = [call for when, call in self._timers if when <= now]
             self._timers = [timer for timer in self._timers if timer[0] > now]
             for call in expired:
-                call()
+                self._call(None, call)
+
+    def _call(self, broken: "Callable[[], None] | None", callback: "Callable[..., None]", *events: int) -> None:
+        """Call back.
+
+        This is the one place that catches everything: a mistake of ours that one client or one reply of QEMU's brings to light
+        must cost that client, or that monitor, and not all monitors of a VM that goes on running.
+        """
+        try:
+            callback(*events)
+        except Exception as err:
+            if self.report is None:
+                raise
+            self.report(describe_bug(err))
+            if broken is not None:
+                self._call(None, broken)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from qemu_userns.plan.identity import Identity
 
+PROGRAM = "qemu-userns-supervisor"
 READY = "ready"
 JOINED, COMMIT = "joined", "commit"
 _SIZE_BYTES = 65536
@@ -74,12 +75,13 @@ class Supervisor:
         """Tell of a file that was created."""
         self._send(encode(leftover))
 
-    def hand_over(self, fds: "Iterable[int]") -> None:
+    def hand_over(self, fds: "Iterable[int]", title: str = "") -> None:
         """Say that all is open and the namespaces are joined.
 
         Args:
             fds: what the supervisor needs to stay: a memfd with the state of the VM, then what it serves (state.py); taken over.
                 Empty where it shall end at COMMIT.
+            title: what the supervisor's command line shall call the VM.
 
         Raises:
             SandboxError: they are too many.
@@ -90,7 +92,7 @@ class Supervisor:
         if len(given) > _MOST_FDS:
             raise SandboxError("cannot hand the monitors to the supervisor", f"they are more than {_MOST_FDS} sockets")
         numbers = b"".join(fd.to_bytes(4, sys.byteorder) for fd in given)
-        self._send(JOINED, [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, numbers)] if given else [])
+        self._send(f"{JOINED} {title}", [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, numbers)] if given else [])
         for fd in given:
             os.close(fd)
 
@@ -145,14 +147,15 @@ def _run_child(channel: "Socket", answer: int, identity: "Identity", lease: str)
         _leave_caller(channel.fileno(), answer, launcher)
         holder = _make_namespaces(identity, answer)
         leftovers: "list[Leftover]" = []
-        fds = _take_notes(channel, leftovers)
-        if fds is None:
+        joined = _take_notes(channel, leftovers)
+        if joined is None:
             _give_up(leftovers, lease)
+        title, fds = joined
         if holder is not None:
             holder.let_go()
         if os.fork() == 0:  # only now, while the launcher builds the view: it waits for the maps, and QEMU must have no child
             if fds:
-                _become_clean([channel.fileno(), launcher, *fds])
+                _become_clean(title, [channel.fileno(), launcher, *fds])
             if os.fsdecode(channel.recv(_SIZE_BYTES)) != COMMIT:
                 _give_up(leftovers, lease)
     finally:
@@ -162,14 +165,9 @@ def _run_child(channel: "Socket", answer: int, identity: "Identity", lease: str)
 def _leave_caller(*own: int) -> None:
     """Close every fd of the caller, with the standard ones on /dev/null, and stand in "/"."""
     null = os.open("/dev/null", os.O_RDWR)
-    kept = sorted(own)
-    for fd in {0, 1, 2}.difference(kept):
+    for fd in {0, 1, 2}.difference(own):
         os.dup2(null, fd)
-    first = 3
-    for fd in (*kept, process.FD_MAX):
-        if first < fd:
-            process.close_range(first, fd - 1, 0)
-        first = max(first, fd + 1)
+    process.close_all_but(own)
     os.chdir("/")
 
 
@@ -190,11 +188,12 @@ def _make_namespaces(identity: "Identity", answer: int) -> "Holder | None":
     return holder
 
 
-def _take_notes(channel: "Socket", leftovers: "list[Leftover]") -> "list[int] | None":
+def _take_notes(channel: "Socket", leftovers: "list[Leftover]") -> "tuple[str, list[int]] | None":
     """Collect the files that the launcher creates before it joins; return what it then hands over, None when it dies first."""
     for message, fds in _read_messages(channel):
-        if message == JOINED:
-            return fds
+        kind, _, title = message.partition(" ")
+        if kind == JOINED:
+            return title, fds
         leftovers.append(decode(message))
     return None
 
@@ -219,9 +218,9 @@ def _read_messages(channel: "Socket") -> "Iterator[tuple[str, list[int]]]":
         yield os.fsdecode(data), [int.from_bytes(numbers[i : i + 4], sys.byteorder) for i in range(0, len(numbers), 4)]
 
 
-def _become_clean(fds: "list[int]") -> None:
+def _become_clean(title: str, fds: "list[int]") -> None:
     """Execute main.py in a fresh interpreter; what it has to know goes in by a memfd, not by its command line."""
     for fd in fds:
         os.set_inheritable(fd, True)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
-    os.execve(sys.executable, ["qemu-userns-supervisor", "-I", "-S", script, *map(str, fds)], {"PATH": os.defpath})
+    os.execve(sys.executable, [f"{PROGRAM}: {title}", "-I", "-S", script, *map(str, fds)], {"PATH": os.defpath})

@@ -70,12 +70,15 @@ def open_registry(uid: int) -> str:
 
 
 def lock_entry(directory: str, pid: int) -> "int | None":
-    """Return an owned fd whose lock says that a VM has a supervisor, None where it has one; raises OSError."""
+    """Return an owned fd whose lock says that a VM has a supervisor, None where it has one; raises OSError.
+
+    The lock is the process's (fcntl(2), "Advisory record locking"): a worker that outlives its supervisor does not keep it.
+    """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(f"{directory}/{pid}.lock", flags, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         os.close(fd)
         return None
     return fd

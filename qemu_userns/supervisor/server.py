@@ -45,6 +45,7 @@ class Server:
         self._state, self._poller, self._learn_pid = state, poller, learn_pid
         self._directory = ""  # of the registry, once the VM is there
         self._log = Log()
+        poller.report = self._log.write
         self._opener = Opener(state, poller, self._log.write, self._save)
         self._host = Host(poller, self._opener, self._log.write, self._hear_pid, self._tell_removed)
         self._brokers: "list[Broker]" = []
@@ -140,8 +141,12 @@ class Server:
         """Register the VM, once its pid is known; that of a launcher that daemonizes is not."""
         if self._pid or (self._state.daemonizes and pid == self._state.pid):
             return
+        try:
+            self._opener.pidfd = self._learn_pid(pid)
+        except OSError as err:
+            self._log.write(f"QEMU's process cannot be watched: {err.strerror}")
+            return  # until QEMU speaks again
         self._pid = self._opener.pid = pid
-        self._opener.pidfd = self._learn_pid(pid)
         self._state = self._state.replace(pid=pid, daemonizes=False, started=registry.find_start(pid))
         try:
             self._register()

@@ -37,6 +37,11 @@ class State(Record):
     sockets: "tuple[grants.QmpSocket, ...]" = ()  # of ours, besides those of the monitors
     started: int = 0  # when QEMU's process was, in clock ticks after boot: a pid may be another process's later
 
+    @property
+    def title(self) -> str:
+        """What a process list may call the VM: LXD takes every process whose command line has the uuid for QEMU."""
+        return self.name if self.name and (not self.uuid or self.uuid not in self.name) else str(self.pid)
+
 
 CLASSES: "dict[str, type[Record]]" = {
     cls.__name__: cls for cls in (State, Identity, MapEntry, Caller, Account, Leftover, Rights, *grants.Grant.__subclasses__())

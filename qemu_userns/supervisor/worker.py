@@ -4,9 +4,21 @@ import marshal
 import os
 import signal
 import sys
-from _socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOCK_CLOEXEC, SOCK_SEQPACKET, SOL_SOCKET, socketpair
+from _socket import (
+    AF_UNIX,
+    CMSG_SPACE,
+    MSG_CMSG_CLOEXEC,
+    MSG_CTRUNC,
+    MSG_TRUNC,
+    SCM_RIGHTS,
+    SOCK_CLOEXEC,
+    SOCK_SEQPACKET,
+    SOL_SOCKET,
+    socketpair,
+)
 
 from qemu_userns.errors import QemuUsernsError, describe_bug
+from qemu_userns.linux.process import close_all_but
 from qemu_userns.supervisor.poller import IN
 
 TYPE_CHECKING = False
@@ -32,20 +44,29 @@ class Failed:
         self.text = text
 
 
-def start_worker(poller: "Poller", work: "Work", done: "Done", timeout_s: float) -> int:
-    """Fork a child that works; return its pid.
+def start_worker(
+    poller: "Poller", work: "Work", done: "Done", timeout_s: float, kept: "tuple[int, ...]" = ()
+) -> None:
+    """Fork a child that works.
 
     Args:
         poller: calls back.
         work: runs in the child; returns what marshal takes, and fds.
-        done: called here with that and owned fds; or with `Failed`.
+        done: called here, later, with that and owned fds; or with `Failed`.
         timeout_s: after which the child is killed.
+        kept: fds that it needs. No other stays open in it: a client or a path that the supervisor lets go of must not live on
+            in a worker that takes long.
     """
-    ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
-    pid = os.fork()
+    try:
+        ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
+        pid = os.fork()
+    except OSError as err:
+        failed = Failed(f"no process can be had for it: {err.strerror}")
+        poller.call_later(0, lambda: done(failed, ()))
+        return
     if pid == 0:
         try:
-            ours.close()
+            close_all_but((theirs.fileno(), *kept))
             _work(theirs, work)
         finally:
             _report_bug(theirs)
@@ -68,7 +89,6 @@ def start_worker(poller: "Poller", work: "Work", done: "Done", timeout_s: float)
 
     poller.watch(ours.fileno(), IN, hear)
     poller.call_later(timeout_s, expire)
-    return pid
 
 
 def _work(channel: "Socket", work: "Work") -> None:
@@ -94,10 +114,12 @@ def _report_bug(channel: "Socket") -> None:
 
 def _read_answer(channel: "Socket") -> "tuple[object, tuple[int, ...]]":
     """Return what a worker answers; it is our own child, but it may be dead."""
-    data, ancillary, _, _ = channel.recvmsg(_SIZE_BYTES, CMSG_SPACE(4 * MOST_FDS), MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = channel.recvmsg(_SIZE_BYTES, CMSG_SPACE(4 * MOST_FDS), MSG_CMSG_CLOEXEC)
     numbers = b"".join(item for level, kind, item in ancillary if (level, kind) == (SOL_SOCKET, SCM_RIGHTS))
     fds = tuple(int.from_bytes(numbers[i : i + 4], sys.byteorder) for i in range(0, len(numbers), 4))
-    if not data:
-        return Failed("it was given up, or took too long"), fds
+    if flags & (MSG_CTRUNC | MSG_TRUNC) or not data:
+        for fd in fds:
+            os.close(fd)
+        return Failed("too many files are open" if data else "it was given up, or took too long"), ()
     fine, result = marshal.loads(data)
     return (result if fine else Failed(result)), fds

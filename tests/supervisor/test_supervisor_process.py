@@ -152,7 +152,7 @@ def test_after_commit_what_is_temporary_goes_at_the_end(tmp_path: Path) -> None:
         os.close(hold_write)
         close_all(supervisor.open_namespaces())
         state = a_state(leftover(folder / "kept", False), leftover(folder / "temporary"), daemonizes=True)
-        supervisor.hand_over([write_state(state)])
+        supervisor.hand_over([write_state(state)], "a name")
         supervisor.commit()
         if os.fork() == 0:  # QEMU, which keeps the channel and nothing of this test
             for fd in set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, hold_read, supervisor.channel_fd}:
@@ -169,7 +169,7 @@ def test_after_commit_what_is_temporary_goes_at_the_end(tmp_path: Path) -> None:
         wait_until(lambda: len(supervisors_of(held)) == 1)
         (pid,) = supervisors_of(held)
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
-        assert command[0] == b"qemu-userns-supervisor"
+        assert command[0] == b"qemu-userns-supervisor: a name"
         assert str(folder).encode() not in b" ".join(command)
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
         assert os.getsid(pid) != os.getsid(0)
@@ -196,7 +196,7 @@ def supervisors_of(held: str) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            ours = (entry / "cmdline").read_bytes().startswith(b"qemu-userns-supervisor\0")
+            ours = (entry / "cmdline").read_bytes().startswith(b"qemu-userns-supervisor: ")
             if ours and held in fds_of(int(entry.name)):
                 found.append(int(entry.name))
     return found
