@@ -8,6 +8,7 @@ import os
 import pwd
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -138,6 +139,19 @@ def running(
                 if pipe is not None:
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
+
+
+@contextlib.contextmanager
+def running_raw(words: Sequence[str], *options: str, idle: bool = True) -> Iterator[Running]:
+    """Start QEMU with a monitor of its own, which nothing stands before: what comes there is what a taken-over QEMU does."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "monitor"
+        monitor = ["-qmp", f"unix:{path},server=on,wait=off"] if words == PLAIN else ["-userns", f"passthrough={path}"]
+        with started([*words, *(IDLE if idle else ()), *monitor, *options]) as process:
+            with connected(path) as connection, qmp_over(connection) as qmp:
+                yield Running(process, qmp)
+            process.kill()
+            process.wait()
 
 
 def outcome(words: Sequence[str], *options: str, stdin: bytes = b"", **run: Any) -> tuple[int, str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from integration.talk import PLAIN, Qmp, fds_of, running, wait_until, words_of
+from integration.talk import PLAIN, Qmp, fds_of, running, running_raw, wait_until, words_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,13 +138,15 @@ def test_files_outside_the_view_are_not_there(dropin: list[str], shared_tmp: Pat
         assert not list((qemu.proc / "cwd").iterdir())
 
 
-def test_the_lease_and_the_pipe_are_the_only_fds_of_ours(dropin: list[str]) -> None:
+def test_the_lease_and_the_channel_are_the_only_fds_of_ours(dropin: list[str]) -> None:
     with running(dropin) as qemu, running(PLAIN) as plain:
         ours = [target for number, target in fds_of(qemu.pid).items() if number >= 300]
-        kinds = sorted(target.rstrip("0123456789[]:") for target in ours)
-        assert kinds == (["/dev/ptmx", "/run/qemu-userns/leases/", "pipe"] if os.geteuid() == 0 else ["/dev/ptmx"])
+        kinds = sorted(target.rstrip("0123456789[]:") for target in ours if "/.qemu-userns." not in target)
+        assert kinds == ["/dev/ptmx", *(["/run/qemu-userns/leases/"] if os.geteuid() == 0 else []), "socket"]
+        assert len(ours) == len(kinds) + 1  # the way in to the monitor's socket, for the next supervisor
         others = [target.partition("[")[0] for number, target in fds_of(qemu.pid).items() if number < 300]
-        assert sorted(others) == sorted(target.partition("[")[0] for target in fds_of(plain.pid).values())
+        # Besides the listening socket that stands in for the caller's there is the connection that it has accepted.
+        assert sorted(others) == sorted([*(target.partition("[")[0] for target in fds_of(plain.pid).values()), "socket:"])
 
 
 def hmp(line: str) -> Callable[[Qmp, Path], object]:
@@ -195,7 +197,7 @@ def test_a_monitor_cannot_make_qemu_write_a_file_outside_its_view(dropin: list[s
     machine = ["-nodefaults", "-display", "none", "-S", "-M", "pc", "-m", "16"]
     for words, made in ((PLAIN, True), (dropin, False)):
         path = shared_tmp / f"made by {'plain' if made else 'ours'}".replace(" ", "-")
-        with running(words, *machine, idle=False) as qemu:
+        with running_raw(words, *machine, idle=False) as qemu:
             try:
                 WRITERS[name](qemu.qmp, path)
             except ConnectionError:
@@ -225,18 +227,18 @@ def test_a_monitor_cannot_make_qemu_read_a_file_outside_its_view(
     if place == "/etc":
         path = Path("/etc/subuid")
     if name != "object tls-creds-psk" or place != "/etc":
-        with running(PLAIN) as qemu:
+        with running_raw(PLAIN) as qemu:
             assert "return" in READERS[name](qemu.qmp, path)
     if place.startswith("through"):
         path = Path(place.removeprefix("through ").replace("PID", str(os.getpid())) + str(path))
-    with running(dropin) as qemu:
+    with running_raw(dropin) as qemu:
         assert "error" in READERS[name](qemu.qmp, path)
 
 
 def test_what_qemu_writes_to_its_own_tmp_stays_its_own(dropin: list[str]) -> None:
     machine = ["-nodefaults", "-display", "none", "-S", "-M", "pc", "-m", "16"]
     path = Path("/tmp/qemu-userns-test-of-a-private-file")
-    with running(dropin, *machine, idle=False) as qemu:
+    with running_raw(dropin, *machine, idle=False) as qemu:
         assert qemu.qmp.hmp(f'pmemsave 0 4096 "{path}"') == ""
         assert (qemu.proc / f"root{path}").stat().st_size == 4096
         assert not path.exists()

@@ -342,4 +342,5 @@ def report(
     }
     for goal, reached in goals.items():
         print(f"{goal:58} {'reached' if reached else 'NOT REACHED':>8}")
-    write_json(json_file, about=about, labels=labels, trips=figures, events=[row._asdict() for row in events], memory=memory, goals=goals)
+    rows = [row._asdict() for row in events]
+    write_json(json_file, about=about, labels=labels, trips=figures, events=rows, memory=memory, goals=goals)

@@ -82,6 +82,7 @@ def build_plan(
     for need in needs:
         if not (need.obj in served and need.row.way in (ways.SOCKET, ways.FD, ways.CHARDEV)):
             hand_over(draft, need, commandline)
+    _keep_for_incoming(draft, commandline)
     if _defaults_to_kvm(commandline, program):
         add_kvm(draft, "the accelerator that this QEMU takes by itself")
     _add_temporary(draft, commandline)
@@ -111,6 +112,14 @@ def build_plan(
         tuple(([identity.warning] if identity.warning else []) + draft.warnings),
         tuple(draft.notes),
     )
+
+
+def _keep_for_incoming(draft: Draft, commandline: "CommandLine") -> None:
+    """Keep the fds that no option names where a command may name one later: libvirt restores with `migrate-incoming fd:N`."""
+    named = {grant.number for grant in draft.grants if isinstance(grant, Monitor)}
+    if any(obj.kind == "incoming" and obj.get("value") == "defer" for obj in commandline.objects):
+        for number in sorted(draft.facts.caller.open_fds - named):
+            draft.keep_fd(number, "-incoming defer: migrate-incoming may name it")
 
 
 def _reserve_fds(draft: Draft, leased: bool) -> None:

@@ -19,7 +19,7 @@ from qemu_userns.qmp.shared import Chore, restore_names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from qemu_userns.qmp.actions import Prepared
     from qemu_userns.qmp.clients import Client, Opening
@@ -167,11 +167,31 @@ def _query_fdsets(shared: "Shared", client: "Client", command: "Command") -> "Jo
     shared.tell(client, line)
 
 
+def _query_chardev(shared: "Shared", client: "Client", command: "Command") -> "Job":
+    """Pass query-chardev on, and its reply with the clients' addresses of monitors in place of ours."""
+    reply = yield command.encode(), ()
+    line = reply.line
+    devices, names = reply.value.get("return"), shared.device_names()
+    if isinstance(devices, list) and names:
+        shown = [_rename_device(device, names) for device in devices]
+        if shown != devices:
+            line = build_return(shown, command.id, shared.pretty)
+    shared.tell(client, line)
+
+
+def _rename_device(device: object, names: "Mapping[str, str]") -> object:
+    """Return an item of query-chardev's with the file name that the clients know."""
+    if not isinstance(device, dict) or device.get("label") not in names:
+        return device
+    return {**device, "filename": names[device["label"]]}
+
+
 _SPECIAL: "dict[str, Callable[[Shared, Client, Command], Job]]" = {
     "getfd": _get_fd,
     "closefd": _close_fd,
     "add-fd": _add_fd,
     "remove-fd": _remove_fd,
+    "query-chardev": _query_chardev,
     "query-fdsets": _query_fdsets,
 }
 

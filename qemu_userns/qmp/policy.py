@@ -6,7 +6,7 @@
 * `read_only`: the commands of READ_ONLY. Of human monitor commands: `info`.
 * `allow`: only what it names. `deny`: not what it names. A name that ends in `*` stands for all that begin so.
 * `human-monitor-command` can do nearly everything, so with lists it has to be named in `allow`, in full; the command in it has to
-  be allowed by the name of its QMP twin (or its own), and `info` is allowed.
+  be allowed by its own name or its QMP twin's, and neither may be denied. `info` is allowed, unless it or the query is denied.
 * A `transaction` needs each of its actions to be allowed under its own name.
 """
 
@@ -35,52 +35,33 @@ READ_ONLY = frozenset(
 )
 HMP = "human-monitor-command"
 TWINS = {
-    "announce_self": "announce-self",
-    "block_job_cancel": "block-job-cancel",
-    "block_job_complete": "block-job-complete",
-    "block_job_pause": "block-job-pause",
-    "block_job_resume": "block-job-resume",
-    "block_job_set_speed": "block-job-set-speed",
-    "block_stream": "block-stream",
-    "c": "cont",
-    "change": "blockdev-change-medium",
-    "delvm": "snapshot-delete",
-    "drive_add": "blockdev-add",
-    "drive_backup": "drive-backup",
-    "drive_del": "blockdev-del",
-    "drive_mirror": "drive-mirror",
-    "exit_preconfig": "x-exit-preconfig",
-    "hostfwd_add": "netdev_add",
-    "hostfwd_remove": "netdev_del",
-    "loadvm": "snapshot-load",
-    "migrate_continue": "migrate-continue",
-    "migrate_incoming": "migrate-incoming",
-    "migrate_pause": "migrate-pause",
-    "migrate_recover": "migrate-recover",
-    "migrate_set_capability": "migrate-set-capabilities",
-    "migrate_set_parameter": "migrate-set-parameters",
-    "migrate_start_postcopy": "migrate-start-postcopy",
-    "nbd_server_add": "nbd-server-add",
-    "nbd_server_remove": "nbd-server-remove",
-    "nbd_server_start": "nbd-server-start",
-    "nbd_server_stop": "nbd-server-stop",
-    "nmi": "inject-nmi",
-    "object_add": "object-add",
-    "object_del": "object-del",
-    "q": "quit",
-    "ringbuf_read": "ringbuf-read",
-    "ringbuf_write": "ringbuf-write",
-    "s": "stop",
-    "savevm": "snapshot-save",
-    "sendkey": "send-key",
-    "snapshot_blkdev": "blockdev-snapshot-sync",
-    "snapshot_blkdev_internal": "blockdev-snapshot-internal-sync",
-    "snapshot_delete_blkdev_internal": "blockdev-snapshot-delete-internal-sync",
-    "trace-event": "trace-event-set-state",
-    "watchdog_action": "set-action",
+    "c": ("cont",),
+    "change": ("blockdev-change-medium", "change-vnc-password"),
+    "commit": ("block-commit",),
+    "delvm": ("snapshot-delete",),
+    "drive_add": ("blockdev-add",),
+    "drive_del": ("blockdev-del",),
+    "exit_preconfig": ("x-exit-preconfig",),
+    "hostfwd_add": ("netdev_add",),
+    "hostfwd_remove": ("netdev_del",),
+    "loadvm": ("snapshot-load",),
+    "migrate_set_capability": ("migrate-set-capabilities",),
+    "migrate_set_parameter": ("migrate-set-parameters",),
+    "mouse_button": ("input-send-event",),
+    "mouse_move": ("input-send-event",),
+    "nmi": ("inject-nmi",),
+    "q": ("quit",),
+    "s": ("stop",),
+    "savevm": ("snapshot-save",),
+    "sendkey": ("send-key",),
+    "snapshot_blkdev": ("blockdev-snapshot-sync",),
+    "snapshot_blkdev_internal": ("blockdev-snapshot-internal-sync",),
+    "snapshot_delete_blkdev_internal": ("blockdev-snapshot-delete-internal-sync",),
+    "trace-event": ("trace-event-set-state",),
+    "watchdog_action": ("set-action", "watchdog-set-action"),
 }
-"""HMP commands whose QMP twin has another name."""
-_HMP_NAME = re.compile(r"[ \t\n\v\f\r]*([^/ \t\n\v\f\r]*)")
+"""HMP commands whose QMP twins have another name, not only "-" for "_". To be allowed by their names all of them have to be."""
+_HMP_NAMES = re.compile(r"[ \t\n\v\f\r]*([^/ \t\n\v\f\r]*)[ \t\n\v\f\r]*([^/ \t\n\v\f\r]*)")
 
 
 class Policy(Record):
@@ -114,17 +95,18 @@ class Policy(Record):
         return self.allow is not None or bool(self.deny)
 
     def _find_denied_hmp(self, line: str) -> "str | None":
-        name = read_hmp_name(line)
-        if not name or HMP in self.deny or (self._has_lists() and HMP not in (self.allow or ())):
+        name, second = read_hmp_names(line)
+        if not name or _matches(HMP, self.deny) or (self._has_lists() and HMP not in (self.allow or ())):
             return HMP
         if name == "info":
-            return "info" if "info" in self.deny else None
-        if self.read_only:
+            twins = (f"query-{second.replace('_', '-')}",)
+        elif self.read_only:
             return name
-        twin = TWINS.get(name, name)
-        denied = _matches(name, self.deny) or _matches(twin, self.deny)
-        allowed = self.allow is None or _matches(name, self.allow) or _matches(twin, self.allow)
-        return None if allowed and not denied else name
+        else:
+            twins = TWINS.get(name) or (name.replace("_", "-"),)
+        denied = any(_matches(known, self.deny) for known in (name, *twins))
+        allowed = self.allow is None or name == "info" or _matches(name, self.allow)
+        return None if not denied and (allowed or all(_matches(twin, self.allow or ()) for twin in twins)) else name
 
 
 FULL = Policy()
@@ -138,10 +120,13 @@ def list_actions(arguments: "dict[str, object]") -> "Iterator[str]":
         yield kind if isinstance(kind, str) else ""
 
 
-def read_hmp_name(line: str) -> str:
-    """Return the name of the human monitor command: QEMU ends it at white space or a slash, and knows no abbreviations."""
-    match = _HMP_NAME.match(line)
-    return match[1] if match else ""
+def read_hmp_names(line: str) -> "tuple[str, str]":
+    """Return the name of the human monitor command, and that of what `info` is asked for.
+
+    QEMU ends them at white space or a slash, and knows no abbreviations.
+    """
+    match = _HMP_NAMES.match(line)
+    return (match[1], match[2]) if match else ("", "")
 
 
 def _matches(name: str, patterns: "Iterable[str]") -> bool:

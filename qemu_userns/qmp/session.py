@@ -40,14 +40,21 @@ if TYPE_CHECKING:
     from qemu_userns.qmp.actions import Action, Owner, Refused, Rules
     from qemu_userns.qmp.message import Command, Reply
     from qemu_userns.qmp.policy import Policy
-    from qemu_userns.qmp.shared import Job
+    from qemu_userns.qmp.shared import DeviceNames, Job
     from qemu_userns.qmp.stream import Item
 
 
 class Session:
     """See the module. Each method returns what is to be done, in order."""
 
-    def __init__(self, token: str, own_fdsets: "frozenset[int]", pretty: bool, rules: "Rules") -> None:
+    def __init__(
+        self,
+        token: str,
+        own_fdsets: "frozenset[int]",
+        pretty: bool,
+        rules: "Rules",
+        device_names: "DeviceNames" = dict,
+    ) -> None:
         """Begin before QEMU's greeting.
 
         Args:
@@ -55,8 +62,9 @@ class Session:
             own_fdsets: fdsets that QEMU was started with and that are no client's business, besides OWN_FDSET_BASE and up.
             pretty: the monitor prints on several lines.
             rules: what the catalogue knows.
+            device_names: what query-chardev shows for the monitors that we serve, by label.
         """
-        self._shared = Shared(token, own_fdsets, pretty, rules)
+        self._shared = Shared(token, own_fdsets, pretty, rules, device_names)
         self._oob = OutOfBand(self._shared)
         self._replies = ReplyStream(pretty)
         self._greeting: bytes | None = None
@@ -231,7 +239,8 @@ class Session:
             if client:
                 client.busy = False
                 for command in client.take_oob() if client.oob else ():
-                    self._oob.push(client, command)
+                    if self._is_allowed(client, command):
+                        self._oob.push(client, command)
                 self._list(client)
             return
         if data:

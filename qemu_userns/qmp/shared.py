@@ -10,11 +10,14 @@ from qemu_userns.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Mapping
 
     from qemu_userns.qmp.actions import Action, Owner, Prepared, Rules
     from qemu_userns.qmp.clients import Client
     from qemu_userns.qmp.message import Command, Reply
+
+    DeviceNames = Callable[[], Mapping[str, str]]
+    """What query-chardev shows as the file names of monitors, by label."""
 
     Job = Generator[tuple[bytes, tuple[int, ...]], Reply, None]
     """A dialogue with QEMU: yields bytes (or none, to wait on) and fds, is sent the reply."""
@@ -49,8 +52,11 @@ class Chore(Record):
 class Shared:
     """See the module."""
 
-    def __init__(self, token: str, own_fdsets: "frozenset[int]", pretty: bool, rules: "Rules") -> None:
+    def __init__(
+        self, token: str, own_fdsets: "frozenset[int]", pretty: bool, rules: "Rules", device_names: "DeviceNames"
+    ) -> None:
         """Begin with nothing known of QEMU."""
+        self.device_names = device_names
         self.token = token
         self.pretty = pretty
         self.rules = rules

@@ -21,6 +21,7 @@ from qemu_userns.qmp.actions import (
 from qemu_userns.qmp.policy import Policy
 from qemu_userns.qmp.session import Session
 from qemu_userns.supervisor.connection import Connection
+from qemu_userns.supervisor.devices import describe_device
 from qemu_userns.supervisor.poller import IN
 
 TYPE_CHECKING = False
@@ -49,6 +50,7 @@ class Host:
         log: "Callable[[str], None]",
         tell_pid: "Callable[[int], None]",
         tell_removed: "Callable[[Broker, Owner], None]",
+        find_device_names: "Callable[[], dict[str, str]]",
     ) -> None:
         """Collect it.
 
@@ -58,7 +60,9 @@ class Host:
             log: takes a line.
             tell_pid: told QEMU's pid, as the kernel says it, whenever QEMU speaks.
             tell_removed: told of an object that is gone, and that another monitor may have got something for.
+            find_device_names: what QEMU would call the character devices of the monitors, by label.
         """
+        self.find_device_names = find_device_names
         self.poller, self.opener, self.log, self.tell_pid, self.tell_removed = poller, opener, log, tell_pid, tell_removed
 
 
@@ -78,10 +82,12 @@ class Broker:
         self.monitor = monitor
         self.ended = False  # QEMU has closed its end
         self._host, self._way_in = host, way_in
-        self._session = Session(os.urandom(_TOKEN_BYTES).hex(), own_fdsets, monitor.pretty, rules)
+        token = os.urandom(_TOKEN_BYTES).hex()
+        self._session = Session(token, own_fdsets, monitor.pretty, rules, host.find_device_names)
         self._qemu: "Connection | None" = None
         self._clients: "dict[int, Connection]" = {}
         self._listeners: "list[int]" = []
+        self._own_clients: "set[int]" = set()  # on the monitor's own socket, not on another of ours
         self._paused: "set[int]" = set()  # clients that are not read from for now
         self._ending: "set[int]" = set()  # clients that say no more, and still have answers to come
         self._leaving: "set[Connection]" = set()  # of clients that are forgotten but for what they have to read
@@ -100,7 +106,7 @@ class Broker:
         """
         monitor = self.monitor
         if public and (monitor.kind == LISTEN or (monitor.kind == FD and monitor.listens)):
-            self.listen(public[0], monitor.rights)
+            self.listen(public[0], monitor.rights, own=True)
         elif public:  # one socket, or stdin and stdout
             self.add_client(public[0], public[-1], monitor.rights, lost)
         if not monitor.wait:
@@ -119,15 +125,15 @@ class Broker:
         fd = ours.detach()
         self._qemu = Connection(self._host.poller, fd, fd, self._hear_qemu)
 
-    def listen(self, fd: int, rights: "Rights") -> None:
-        """Take the clients of a listening socket; takes it over."""
+    def listen(self, fd: int, rights: "Rights", own: bool = False) -> None:
+        """Take the clients of a listening socket, which may be the monitor's own; takes it over."""
         os.set_blocking(fd, False)  # as QEMU does: another process may have it too, and take the client first
         self._listeners.append(fd)
-        self._watch_listener(fd, rights)
+        self._watch_listener(fd, rights, own)
 
-    def _watch_listener(self, fd: int, rights: "Rights") -> None:
+    def _watch_listener(self, fd: int, rights: "Rights", own: bool) -> None:
         if fd in self._listeners:
-            self._host.poller.watch(fd, IN, lambda _: self._accept(fd, rights))
+            self._host.poller.watch(fd, IN, lambda _: self._accept(fd, rights, own))
 
     def add_client(self, read_fd: int, write_fd: int, rights: "Rights", lost: "Callable[[], None] | None" = None) -> None:
         """Take a client; its fds are taken over."""
@@ -137,10 +143,16 @@ class Broker:
         def hear(data: bytes, fds: "tuple[int, ...]") -> None:
             self._hear_client(number, data, fds)
 
-        if lost is not None:
+        if lost is not None:  # the monitor's own connection
             self._lost[number] = lost
+            self._own_clients.add(number)
         self._clients[number] = Connection(self._host.poller, read_fd, write_fd, hear)
         self._carry_out(self._session.open_client(number, _build_policy(rights)))
+
+    def describe_device(self) -> "str | None":
+        """Return what QEMU would call the monitor's character device, None for one of our own."""
+        own = next((self._clients[number].fileno() for number in self._own_clients if number in self._clients), None)
+        return describe_device(self.monitor, own)
 
     def restore(self, owner: "Owner", handed: int, fdsets: "tuple[int, ...]") -> None:
         """Note what an object holds that an earlier supervisor has handed over."""
@@ -167,7 +179,7 @@ class Broker:
         if self._qemu is not None:
             self._qemu.close()
 
-    def _accept(self, fd: int, rights: "Rights") -> None:
+    def _accept(self, fd: int, rights: "Rights", own: bool) -> None:
         listener = socket(fileno=fd)
         try:
             client, _ = listener._accept()  # type: ignore[attr-defined]
@@ -178,7 +190,7 @@ class Broker:
                 self._log(f"no client can be accepted: {err.strerror}")
             self._full = True
             self._host.poller.unwatch(fd)
-            self._host.poller.call_later(_FULL_PAUSE_S, lambda: self._watch_listener(fd, rights))
+            self._host.poller.call_later(_FULL_PAUSE_S, lambda: self._watch_listener(fd, rights, own))
             return
         finally:
             listener.detach()
@@ -195,6 +207,8 @@ class Broker:
         if self._qemu is None and not self.ended:
             self.connect_qemu()
         self.add_client(client, client, rights)
+        if own:
+            self._own_clients.add(self._last_client)
 
     def _hear_client(self, number: int, data: bytes, fds: "tuple[int, ...]") -> None:
         if data:
@@ -223,6 +237,7 @@ class Broker:
             return
         self._ending.discard(number)
         self._paused.discard(number)
+        self._own_clients.discard(number)
 
         def gone() -> None:
             self._leaving.discard(connection)

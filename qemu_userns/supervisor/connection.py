@@ -79,6 +79,10 @@ class Connection:
         self._reading, self._finished = False, done
         self._watch()
 
+    def fileno(self) -> int:
+        """Return the fd that is read from, borrowed."""
+        return self._read_fd
+
     def close(self) -> None:
         """Close the fds, and drop what is queued."""
         if self.closed:

@@ -47,7 +47,7 @@ class Server:
         self._log = Log()
         poller.report = self._log.write
         self._opener = Opener(state, poller, self._log.write, self._save)
-        self._host = Host(poller, self._opener, self._log.write, self._hear_pid, self._tell_removed)
+        self._host = Host(poller, self._opener, self._log.write, self._hear_pid, self._tell_removed, self._find_names)
         self._brokers: "list[Broker]" = []
         self._pid = 0
 
@@ -136,6 +136,11 @@ class Server:
         for broker in self._brokers:
             if broker is not teller:
                 broker.remove_owner(owner)
+
+    def _find_names(self) -> "dict[str, str]":
+        """Return what QEMU would call the monitors' character devices, by label."""
+        names = {broker.monitor.label: broker.describe_device() for broker in self._brokers}
+        return {label: name for label, name in names.items() if name is not None}
 
     def _hear_pid(self, pid: int) -> None:
         """Register the VM, once its pid is known; that of a launcher that daemonizes is not."""

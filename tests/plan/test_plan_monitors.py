@@ -7,7 +7,7 @@ import pytest
 from qemu_userns.cli.explain import describe_plan
 from qemu_userns.plan.build import Settings
 from qemu_userns.plan.facts import PathFact
-from qemu_userns.plan.grants import Listen, Monitor, QmpSocket, Refuse, Reserved
+from qemu_userns.plan.grants import KeepFd, Listen, Monitor, QmpSocket, Refuse, Reserved
 from qemu_userns.plan.plan import Plan
 from qemu_userns.plan.rights import READ_ONLY, MonitorRights, Rights, SocketRights, expand_path, find_rights
 from tests.plans import UID, asked_for, plan_of, read
@@ -218,3 +218,9 @@ def test_rights_are_said(rights: Rights, text: str) -> None:
     assert monitor["clients"] == text
     assert socket["what"] == "/x/new-ours (mode 0600), for monitor compat_monitor0"
     assert socket["clients"].startswith(text)
+
+
+def test_fds_that_a_later_migrate_incoming_may_name_are_kept() -> None:
+    kept = [grant.number for grant in plan_of("-incoming", "defer", "-qmp", "stdio", fds=(7, 9)).grants if isinstance(grant, KeepFd)]
+    assert kept == [7, 9]
+    assert not any(isinstance(grant, KeepFd) for grant in plan_of("-incoming", "tcp:0:1", fds=(7, 9)).grants)
