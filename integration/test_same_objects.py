@@ -8,6 +8,7 @@ nothing. And for every kind of file that a view may hold, QEMU in the drop-in ha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from integration.probe import Probe, QmpError, probing
+from qemu_userns.plan.grants import OWN_FDSET_BASE
 from tests.conftest import CHECKOUT, dropin_folder, remove_tree
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.dropin, pytest.mark.userns]
 
 ROOT = os.geteuid() == 0
 CALLER_FD = 60
-OWN_FDSETS = 1_000_000  # plan/draft.py numbers its fdsets from here
+OWN_FDSETS = OWN_FDSET_BASE
 
 # Queries without arguments; one that this QEMU lacks is an error in both.
 QUERIES = [
@@ -536,8 +538,21 @@ def take_inventory(probe: Probe) -> dict[str, Any]:
         for child in _try(lambda path=path: probe.ask("qom-list", path=path)) or []:
             if isinstance(child, dict):
                 found[f"{path}/{child['name']}"] = _properties(probe, path, child)
+    _leave_out_ends(found)
     normal: dict[str, Any] = _normal(found, own_fdsets(probe))
     return normal
+
+
+def _leave_out_ends(found: dict[str, Any]) -> None:
+    """Leave out what is different by design: the supervisor is at the other end of QMP monitors, on a socket of its own."""
+    for key in [key for key in found if key.endswith("/chardevs/probe")]:
+        del found[key]
+    for key, value in found.items():
+        if "/chardevs/" in key and isinstance(value, tuple) and isinstance(value[1], dict):
+            value[1].pop("connected", None)
+            _, address = value[1].get("addr", (None, None))
+            if isinstance(address, dict) and (address.get("type") == "fd" or ".qemu-userns." in address.get("path", "")):
+                del value[1]["addr"]
 
 
 def _properties(probe: Probe, path: str, child: dict[str, str]) -> Any:
@@ -561,12 +576,16 @@ def _try(ask: Any) -> Any:
 
 
 def own_fdsets(probe: Probe) -> dict[str, str]:
-    """Return the path that each fdset of ours stands for."""
-    return {
-        f"/dev/fdset/{group['fdset-id']}": str(group["fds"][0].get("opaque"))
-        for group in probe.ask("query-fdsets")
-        if group["fdset-id"] > OWN_FDSETS
-    }
+    """Return the path that each fdset of ours stands for, as QEMU's words say; query-fdsets does not show them to clients."""
+    assert all(group["fdset-id"] < OWN_FDSETS for group in probe.ask("query-fdsets"))
+    words = Path(f"/proc/{probe.process.pid}/cmdline").read_text().split("\0")
+    found = {}
+    for option, value in itertools.pairwise(words):
+        if option == "-add-fd":
+            fields = dict(field.split("=", 1) for field in value.replace(",,", "\1").split(","))
+            if int(fields["set"]) > OWN_FDSETS:
+                found[f"/dev/fdset/{fields['set']}"] = fields["opaque"].replace("\1", ",")
+    return found
 
 
 def _normal(value: Any, fdsets: dict[str, str]) -> Any:

@@ -41,6 +41,9 @@ class Record:
         """
         fields = self._fields
         values = self.__dict__
+        if len(args) == len(fields) and not kwargs:
+            values.update(zip(fields, args, strict=True))
+            return
         values.update(self._defaults)
         values.update(zip(fields, args, strict=False))
         values.update(kwargs)

@@ -78,8 +78,8 @@ class Way(NamedTuple):
 
 @contextmanager
 def qemu(program: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a QEMU that stands still."""
-    common = ["-nodefaults", "-display", "none", "-S"]
+    """Run a QEMU with nothing in it."""
+    common = ["-nodefaults", "-display", "none"]
     with subprocess.Popen([program, *common, *words], stdin=subprocess.DEVNULL) as process:
         try:
             yield process
@@ -125,7 +125,7 @@ def measure_trips(real: str, folder: str, rounds: int | None) -> tuple[list[tupl
         ways = []
         for key in ("direct", "socat", "one", "many") if shutil.which("socat") else ("direct", "one", "many"):
             program = str(DROPIN) if key in ("one", "many") else real
-            stack.enter_context(qemu(program, "-M", "q35", *monitor(path := f"{folder}/{key}")))
+            stack.enter_context(qemu(program, "-M", "q35", "-S", *monitor(path := f"{folder}/{key}")))
             if key == "socat":
                 wait_for(path)
                 stack.enter_context(relay(path := f"{folder}/relayed", f"{folder}/socat"))
@@ -254,7 +254,7 @@ def measure_memory(folder: str) -> dict[str, float]:
     path, disk = f"{folder}/memory", f"{folder}/disk"
     Path(disk).write_bytes(bytes(1 << 20))
     figures: dict[str, float] = {}
-    with qemu(str(DROPIN), "-M", "q35", "-name", tag, *monitor(path)):
+    with qemu(str(DROPIN), "-M", "q35", "-S", "-name", tag, *monitor(path)):
         client = Client(path)
         time.sleep(SETTLE_S)
         (supervisor,) = find_supervisors(tag)
@@ -265,7 +265,7 @@ def measure_memory(folder: str) -> dict[str, float]:
             raise SystemExit(f"bench: no hot-plug: {answer.decode()}")
         time.sleep(SETTLE_S)
         figures |= read_memory(supervisor, "idle, after one hot-plug")
-    with qemu(str(DROPIN), "-M", "q35", "-name", tag + "-alone") as process:
+    with qemu(str(DROPIN), "-M", "q35", "-S", "-name", tag + "-alone") as process:
         wait_until_running(process.pid)
         time.sleep(SETTLE_S)
         figures["supervisors where there is no monitor"] = float(len(find_supervisors(tag + "-alone")))

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from qemu_userns.cmdline.chardev import LegacyChardev
     from qemu_userns.cmdline.objects import CommandLine
 
+QMP, HMP = "control", "readline"
 _BACKENDS = ("socket", "stdio")
+_NOBODY = ("", "none", "null")  # nobody can be at the other end
 _NOT_PLAIN = ("telnet", "tn3270", "websocket", "mux")
 _USERS = ("serial", "parallel", "monitor", "qmp", "qmp-pretty", "debugcon", "gdb", "qtest")
 
@@ -48,44 +50,69 @@ def find_monitors(commandline: "CommandLine") -> "tuple[MonitorDevice, ...]":
     return tuple(device for device, plain in _find_devices(commandline) if plain)
 
 
-def find_untouched(commandline: "CommandLine") -> "tuple[MonitorDevice, ...]":
-    """Return the devices of QMP monitors that stay QEMU's own affair."""
-    return tuple(device for device, plain in _find_devices(commandline) if not plain and device.backend not in ("", "none"))
+class Untouched(Record):
+    """A monitor that stays QEMU's own affair."""
+
+    device: MonitorDevice
+    qmp: bool
+    why: str  # what it is that we do not serve
+
+
+def find_untouched(commandline: "CommandLine") -> "tuple[Untouched, ...]":
+    """Return the monitors that the command line names and that stay QEMU's own affair."""
+    hmp = [Untouched(device, False, "HMP") for device, language, _ in _find_users(commandline) if language == HMP and device]
+    qmp = [Untouched(device, True, _find_kind(device)) for device, plain in _find_devices(commandline) if not plain]
+    return tuple(item for item in (*hmp, *qmp) if item.device.backend not in _NOBODY)
 
 
 def _find_devices(commandline: "CommandLine") -> "Iterator[tuple[MonitorDevice, bool]]":
     """Yield the devices of QMP monitors, and whether QMP is all that passes through and through a kind that can be split."""
     users = list(_find_users(commandline))
-    for name, obj, pretty in users:
-        if obj is None or pretty is None:
-            continue
-        legacy = parse_legacy(obj.get("value") or "") if obj.kind != "chardev" else None
-        device = MonitorDevice(obj, legacy, pretty)
-        alone = [other for other, _, _ in users].count(name) == 1
-        yield device, alone and device.backend in _BACKENDS and _is_plain(device)
+    names = [name for _, _, name in users]
+    for device, language, name in users:
+        if device is not None and language == QMP:
+            yield device, names.count(name) == 1 and device.backend in _BACKENDS and not _find_speech(device)
 
 
-def _is_plain(device: MonitorDevice) -> bool:
-    """Say whether what passes through a device is QMP and nothing else."""
-    if device.get("tls-creds") or (device.legacy is not None and device.legacy.mux):
-        return False
-    return all(as_switch(device.get(key)) != "on" for key in _NOT_PLAIN)
+def _find_kind(device: MonitorDevice) -> str:
+    """Say what keeps a QMP monitor from being served by the supervisor."""
+    return _find_speech(device) or ("QMP on a shared device" if device.backend in _BACKENDS else f"QMP on a {device.backend}")
 
 
-def _find_users(commandline: "CommandLine") -> "Iterator[tuple[str, Object | None, bool | None]]":
-    """Yield who uses which character device: its name, its object, and for QMP whether it is pretty, else None."""
+def _find_speech(device: MonitorDevice) -> str:
+    """Say what passes through a device besides QMP, "" where it is QMP and nothing else."""
+    if device.get("tls-creds"):
+        return "QMP over TLS"
+    if device.legacy is not None and device.legacy.mux:
+        return "QMP on a mux"
+    found = next((key for key in _NOT_PLAIN if as_switch(device.get(key)) == "on"), "")
+    return found and f"QMP {'on a' if found == 'mux' else 'over'} {found}"
+
+
+def _find_users(commandline: "CommandLine") -> "Iterator[tuple[MonitorDevice | None, str, str]]":
+    """Yield who uses which character device: the device, the monitor's language ("" for none), and the device's name."""
     chardevs = {obj.id: obj for obj in commandline.objects if obj.kind == "chardev" and obj.id}
     for obj in commandline.objects:
         if obj.kind == "mon":
             name = obj.get("chardev") or ""
-            yield name, chardevs.get(name), obj.is_on("pretty") if obj.get("mode") == "control" else None
+            language = QMP if obj.get("mode") == "control" else HMP
+            yield _use_chardev(chardevs.get(name), obj.is_on("pretty")), language, name
         elif obj.kind in _USERS:
             value = obj.get("value") or ""
-            pretty = {"qmp": False, "qmp-pretty": True}.get(obj.kind)
+            language = {"qmp": QMP, "qmp-pretty": QMP, "monitor": HMP}.get(obj.kind, "")
+            pretty = obj.kind == "qmp-pretty"
             if value.startswith("chardev:"):
                 name = value.removeprefix("chardev:")
-                yield name, chardevs.get(name), pretty
+                yield _use_chardev(chardevs.get(name), pretty), language, name
             else:
-                yield f"{obj.kind} {obj.option}", obj, pretty
+                # "mon:" makes a monitor of its own, beside the other user of the device.
+                legacy = parse_legacy(value)
+                language = language or (HMP if legacy is not None and legacy.mux else "")
+                yield MonitorDevice(obj, legacy, pretty), language, f"{obj.kind} {obj.option}"
         elif obj.kind in ("device", "netdev", "object", "tpmdev") and obj.get("chardev"):
-            yield obj.get("chardev") or "", None, None
+            yield None, "", obj.get("chardev") or ""
+
+
+def _use_chardev(obj: "Object | None", pretty: bool) -> "MonitorDevice | None":
+    """Return the device that a -chardev is, None if there is no such."""
+    return None if obj is None else MonitorDevice(obj, None, pretty)

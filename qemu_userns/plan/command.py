@@ -175,9 +175,9 @@ class CommandDraft(Draft):
         """Return the "type" beside a "path", if they are a QAPI socket address that may be an fd of a stream as well."""
         if need.member is None or need.part is not None or need.member.source or need.obj.form != "json":
             return None
-        parent = self._find_raw(need.member).key.rpartition(".")[0]
-        if need.obj.kind == "netdev" and not parent.endswith("addr"):  # a datagram's
+        if need.obj.kind == "netdev":  # QEMU opens a stream's in a thread of its own, which knows no names of getfd
             return None
+        parent = self._find_raw(need.member).key.rpartition(".")[0]
         kinds = (f"{parent}.type", f"{parent.removesuffix('.data')}.type")
         return next((member for member in self._raw if member.key in kinds and member.value == "unix"), None)
 

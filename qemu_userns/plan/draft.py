@@ -141,7 +141,7 @@ class Draft:
 
     def bind(self, fact: "PathFact", writable: bool, why: str, device: bool = False) -> None:
         """Show an existing path, idmapped where QEMU could not read it otherwise and it is not writable."""
-        if is_shown(fact.real):
+        if is_shown(fact.real) and not (device and is_below(fact.real, "/dev/pts")):  # the view's terminals are no devices
             return
         self.way_to(fact, why)
         want = READ | SEARCH if fact.kind == DIRECTORY else READ

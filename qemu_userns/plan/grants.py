@@ -205,7 +205,7 @@ class Refuse(Grant):
 
 
 # What the supervisor serves a monitor on.
-LISTEN, CONNECT, FD, STDIO, OWN = "listens on", "connects to", "serves", "serves stdio", "has it alone"
+LISTEN, CONNECT, FD, STDIO, OWN = "listens on", "connects to", "serves", "serves stdio", "serves it on sockets of ours alone"
 
 
 class Monitor(Grant):
@@ -241,8 +241,9 @@ class Monitor(Grant):
 
     def describe(self) -> str:
         """Say who serves it, and where."""
-        place = f" {self.given}" if self.given else ""
-        return f"fd {self.number}: QMP monitor {self.label}; the supervisor {self.kind}{place}"
+        place = f" fd {self.given}" if self.kind == FD else f" {self.given}" if self.given else ""
+        waits = ", and QEMU waits for the first client" if self.wait else ""
+        return f"fd {self.number}: QMP monitor {self.label}; the supervisor {self.kind}{place}{waits}"
 
 
 class QmpSocket(Grant):
@@ -256,4 +257,4 @@ class QmpSocket(Grant):
 
     def describe(self) -> str:
         """Say where, and who may connect as far as the mode says it."""
-        return f"{self.given} (mode {self.mode:04o}), for monitor {self.label}"
+        return f"{self.given} (mode {self.mode:04o}), where the supervisor serves QMP monitor {self.label} too"

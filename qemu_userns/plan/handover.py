@@ -120,7 +120,8 @@ def _write(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
             "make it that id's, or start with a new file",
         )
     else:
-        _create(draft, need, 0o666 & ~draft.facts.caller.umask, temporary=False)
+        mode = 0o600 if need.obj.kind == "dump-guest-memory" else 0o666  # QEMU's is 0400, which its id could not open again
+        _create(draft, need, mode & ~draft.facts.caller.umask, temporary=False)
 
 
 def _pidfile(draft: "Draft", need: "Need", _: "CommandLine") -> None:
@@ -253,15 +254,16 @@ def _pipe(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
 def _device(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     """Show a device node or FIFO; one that only root may open is made anew for QEMU's id."""
     fact = draft.path(need.path)
-    if not draft.check(need, fact, READ if need.obj.kind == "object" else WRITE):
+    want = READ if need.obj.kind == "object" else WRITE
+    if not draft.check(need, fact, want):
         return
     if draft.facts.caller.root and fact.kind in (CHARACTER, BLOCK) and not draft.may(fact, READ | WRITE):
         draft.way_to(fact, need.describe())
         draft.add(Node(need.describe(), fact.real, fact.device, fact.kind == BLOCK))
-    elif draft.facts.caller.root and not draft.may(fact, WRITE):
+    elif draft.facts.caller.root and not draft.may(fact, want):
         draft.refuse_access(need, "open it")
     else:
-        draft.bind(fact, True, need.describe(), device=fact.kind in (CHARACTER, BLOCK))
+        draft.bind(fact, want == WRITE or fact.kind != REGULAR, need.describe(), device=fact.kind in (CHARACTER, BLOCK))
 
 
 def _kvm(draft: "Draft", need: "Need", _: "CommandLine") -> None:

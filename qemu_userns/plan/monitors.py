@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # What says where a socket leads, and how it behaves, which is the supervisor's affair now.
 _ADDRESS = ("path", "host", "port", "fd", "abstract", "tight", "to", "ipv4", "ipv6", "keep-alive", "mptcp", "nodelay", "delay")
 _BEHAVIOUR = ("server", "wait", "reconnect", "reconnect-ms", "signal")
+_OUT_OF_VIEW = "a path that is first named there is not in QEMU's view"
 OWN_LABEL = "qemu-userns"
 PASSTHROUGH_LABEL = "qemu-userns-passthrough"
 
@@ -31,9 +32,10 @@ def serve_monitors(draft: "Draft", commandline: "CommandLine", settings: "Settin
         What of the command line needs no other handover.
     """
     served = [device.obj for device in find_monitors(commandline) if serve_monitor(draft, device, settings.monitors)]
-    for device in find_untouched(commandline):
-        label = _label(draft, device)
-        if find_rights(settings.monitors, label).restricted:
+    for monitor in find_untouched(commandline):
+        label = _label(draft, monitor.device)
+        draft.notes.append(f"monitor {label}: {monitor.why}, which QEMU serves by itself: {_OUT_OF_VIEW}")
+        if monitor.qmp and find_rights(settings.monitors, label).restricted:
             draft.refuse(
                 f"monitor {label}",
                 "the settings restrict it, and it is one that QEMU serves by itself",
@@ -52,8 +54,10 @@ def serve_monitor(draft: "Draft", device: "MonitorDevice", rules: "Sequence[Moni
     if grant is None:
         return False
     grant = grant.replace(rights=find_rights(rules, grant.label))
-    if grant.rights.users and "port" in dict(grant.options):
-        draft.refuse(f"monitor {grant.label}", "the settings name its users, and peers over TCP have no uid", "use a unix socket")
+    if grant.rights.users and (grant.kind == STDIO or "port" in dict(grant.options)):
+        # An fd may be of such a kind too; the supervisor looks.
+        reason = f"the settings name its users, and {'stdio' if grant.kind == STDIO else 'a peer over TCP'} has no uid"
+        draft.refuse(f"monitor {grant.label}", reason, "use a unix socket, or leave users out of its [[qmp.monitor]]")
     draft.add(grant)
     why = f"the supervisor serves this monitor; QEMU gets fd {grant.number}"
     members = (("fd", str(grant.number)), ("server", "on"), ("wait", "on" if grant.wait else "off"))

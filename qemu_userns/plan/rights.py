@@ -34,8 +34,8 @@ class Rights(Record):
         parts = ["commands that change nothing"] if self.access == READ_ONLY else [] if self.allow else ["every command"]
         parts += [f"only {', '.join(self.allow)}"] if self.allow else []
         parts += [f"not {', '.join(self.deny)}"] if self.deny else []
-        parts += [f"for uid {', '.join(map(str, self.users))}"] if self.users else []
-        return ", ".join(parts)
+        parts += [f"uid {', '.join(map(str, self.users))} alone"] if self.users else []
+        return "; ".join(parts)
 
 
 class SocketRights(Record):

@@ -179,6 +179,25 @@ def _query_chardev(shared: "Shared", client: "Client", command: "Command") -> "J
     shared.tell(client, line)
 
 
+def _run_hmp(shared: "Shared", client: "Client", command: "Command") -> "Job":
+    """Pass an HMP command on; what `info chardev` prints names the monitors as query-chardev does."""
+    line = command.arguments.get("command-line")
+    if not isinstance(line, str) or line.split() != ["info", "chardev"]:
+        yield from _relay(shared, client, command)
+        return
+    reply = yield command.encode(), ()
+    text, names = reply.value.get("return"), shared.device_names()
+    if not isinstance(text, str):
+        shared.tell(client, reply.line)
+        return
+    lines = text.split("\r\n")
+    for index, item in enumerate(lines):
+        label, separator, _ = item.partition(": filename=")
+        if separator and label in names:
+            lines[index] = f"{label}{separator}{names[label]}"
+    shared.tell(client, build_return("\r\n".join(lines), command.id, shared.pretty))
+
+
 def _rename_device(device: object, names: "Mapping[str, str]") -> object:
     """Return an item of query-chardev's with the file name that the clients know."""
     if not isinstance(device, dict) or device.get("label") not in names:
@@ -191,6 +210,7 @@ _SPECIAL: "dict[str, Callable[[Shared, Client, Command], Job]]" = {
     "closefd": _close_fd,
     "add-fd": _add_fd,
     "remove-fd": _remove_fd,
+    "human-monitor-command": _run_hmp,
     "query-chardev": _query_chardev,
     "query-fdsets": _query_fdsets,
 }
@@ -215,9 +235,10 @@ def hand_over(shared: "Shared", opening: "Opening", prepared: "Prepared") -> "Jo
         done += 1
     if done == len(given) and not client.gone:
         shared.failed = False
+        shared.awaited = None if prepared.one_shot else shared.rules.owner_of(opening.command.name, opening.command.arguments)
         reply = yield prepared.text, ()
+        owner, shared.awaited = shared.awaited, None
         if reply.kind == "return":
-            owner = None if prepared.one_shot else shared.rules.owner_of(opening.command.name, opening.command.arguments)
             shared.conclude(client, opening.command, opening.names)
             shared.tell(client, reply.line)
             if owner is None:

@@ -98,12 +98,11 @@ class Policy(Record):
         name, second = read_hmp_names(line)
         if not name or _matches(HMP, self.deny) or (self._has_lists() and HMP not in (self.allow or ())):
             return HMP
+        twins = TWINS.get(name) or (name.replace("_", "-"),)
         if name == "info":
             twins = (f"query-{second.replace('_', '-')}",)
         elif self.read_only:
             return name
-        else:
-            twins = TWINS.get(name) or (name.replace("_", "-"),)
         denied = any(_matches(known, self.deny) for known in (name, *twins))
         allowed = self.allow is None or name == "info" or _matches(name, self.allow)
         return None if not denied and (allowed or all(_matches(twin, self.allow or ()) for twin in twins)) else name

@@ -74,6 +74,8 @@ class Shared:
         """What is being handed over, as long as that may fail, or taken back."""
         self.failed = False
         """Whether the command that needs it can have had no success, if QEMU goes now."""
+        self.awaited: Owner | None = None
+        """Whose making is at QEMU; an event may say that it has gone before the reply says that it was made: a short job."""
         self._own_fdsets = own_fdsets
         self._owners: dict[Owner, list[Held]] = {}
         self._number = 0
@@ -149,7 +151,7 @@ class Shared:
         """Note what the success of a command means."""
         for name in names:
             self.names.forget(self.get_holder(client), name)
-        if takes_rules(command):
+        if not command.name.startswith("query-"):  # nbd-server-stop has no arguments
             removed = self.rules.removed_by(command.name, command.arguments)
             if removed:
                 self.remove(removed)
@@ -169,11 +171,13 @@ class Shared:
         """Take back what belongs to an object that is gone by an event, which other sessions see too."""
         owner = self.rules.removed_by_event(name, data) if isinstance(name, str) else None
         if owner:
+            if owner == self.awaited:
+                self.awaited = None
             self.remove(owner, elsewhere=False)
 
     def has_owners(self) -> bool:
         """Tell whether anything was handed over that may be taken back."""
-        return bool(self._owners)
+        return bool(self._owners) or self.awaited is not None
 
     def remove(self, owner: "Owner", elsewhere: bool = True) -> None:
         """Take back what belongs to an object that has gone; if that is nothing, another session's may (`elsewhere`)."""

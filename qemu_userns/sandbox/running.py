@@ -154,7 +154,11 @@ def unbind_running(shown: "Iterable[Shown]", identity: "Identity", namespaces: N
         _enter(namespaces)
         view = RunningView(own, host)
         try:
-            return tuple(item for item in reversed(placed) if not view.detach(item))[::-1]
+            count = 0
+            while len(placed) != count:  # what covered another one has gone now
+                count = len(placed)
+                placed = tuple(item for item in reversed(placed) if not view.detach(item))[::-1]
+            return placed
         except OSError as err:
             raise SandboxError("cannot take back what QEMU was shown", err.strerror or str(err)) from err
 

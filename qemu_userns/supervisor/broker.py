@@ -1,6 +1,7 @@
 """One QMP monitor of QEMU's and its clients: the sockets around a Session (qmp/session.py)."""
 
 import os
+import stat
 from _socket import AF_UNIX, SO_DOMAIN, SO_PASSCRED, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
 from collections import deque
 
@@ -26,7 +27,7 @@ from qemu_userns.supervisor.poller import IN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from qemu_userns.plan.grants import Monitor
     from qemu_userns.plan.rights import Rights
@@ -108,7 +109,7 @@ class Broker:
         if public and (monitor.kind == LISTEN or (monitor.kind == FD and monitor.listens)):
             self.listen(public[0], monitor.rights, own=True)
         elif public:  # one socket, or stdin and stdout
-            self.add_client(public[0], public[-1], monitor.rights, lost)
+            self.join(public, lost)
         if not monitor.wait:
             self.connect_qemu()
 
@@ -124,6 +125,15 @@ class Broker:
             return
         fd = ours.detach()
         self._qemu = Connection(self._host.poller, fd, fd, self._hear_qemu)
+
+    def join(self, public: "Sequence[int]", lost: "Callable[[], None]") -> None:
+        """Take the one client of a monitor that does not listen, if it may be one; see `serve`."""
+        if self._admits(public[0], self.monitor.rights):
+            self.add_client(public[0], public[-1], self.monitor.rights, lost)
+            return
+        for fd in set(public):
+            os.close(fd)
+        lost()
 
     def listen(self, fd: int, rights: "Rights", own: bool = False) -> None:
         """Take the clients of a listening socket, which may be the monitor's own; takes it over."""
@@ -195,10 +205,8 @@ class Broker:
         finally:
             listener.detach()
         self._full = False
-        uid = find_peer_uid(client)
-        if rights.users and uid is not None and uid not in rights.users:
+        if not self._admits(client, rights):
             os.close(client)
-            self._log(f"a client of uid {uid} is turned away, as the settings say")
             return
         if len(self._clients) + len(self._leaving) >= _MOST_CLIENTS:
             os.close(client)
@@ -209,6 +217,15 @@ class Broker:
         self.add_client(client, client, rights)
         if own:
             self._own_clients.add(self._last_client)
+
+    def _admits(self, fd: int, rights: "Rights") -> bool:
+        """Tell whether who is at the other end may be a client; a peer that has no uid may not where users are named."""
+        uid = find_peer_uid(fd) if rights.users else None
+        if not rights.users or uid in rights.users:
+            return True
+        peer = "without a uid" if uid is None else f"of uid {uid}"
+        self._log(f"a client {peer} is turned away, as the settings say")
+        return False
 
     def _hear_client(self, number: int, data: bytes, fds: "tuple[int, ...]") -> None:
         if data:
@@ -340,7 +357,9 @@ def _build_policy(rights: "Rights") -> Policy:
 
 
 def find_peer_uid(fd: int) -> "int | None":
-    """Return whose process is at the other end of a unix socket (unix(7), SO_PEERCRED), None for another kind of socket."""
+    """Return whose process is at the other end of a unix socket (unix(7), SO_PEERCRED), None for any other kind of fd."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return None
     peer = socket(fileno=fd)
     try:
         if peer.getsockopt(SOL_SOCKET, SO_DOMAIN) != AF_UNIX:

@@ -3,7 +3,18 @@
 import os
 import stat
 import sys
-from _socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, SCM_CREDENTIALS, SCM_RIGHTS, SOL_SOCKET, socket
+from _socket import (
+    CMSG_SPACE,
+    MSG_CMSG_CLOEXEC,
+    MSG_CTRUNC,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    MSG_PEEK,
+    SCM_CREDENTIALS,
+    SCM_RIGHTS,
+    SOL_SOCKET,
+    socket,
+)
 from collections import deque
 
 from qemu_userns.supervisor.poller import ERR, HUP, IN, OUT
@@ -42,6 +53,7 @@ class Connection:
         self._finished: "Callable[[], None] | None" = None
         self._queue: "deque[tuple[bytearray, tuple[int, ...]]]" = deque()
         self._reading = True
+        self._watched: "int | None" = None  # what the poller was told last
         self.queued_bytes = 0
         self.peer_pid = 0  # as the kernel told with the last bytes, where it was asked to (SO_PASSCRED)
         self.closed = False
@@ -103,6 +115,9 @@ class Connection:
         """Tell the poller what is wanted."""
         into = IN if self._reading else 0
         out = OUT if self._queue else 0
+        if self._watched == into | out:
+            return
+        self._watched = into | out
         if self._read_fd == self._write_fd:
             self._poller.watch(self._read_fd, into | out, self._happened, self._break)
             return
@@ -155,8 +170,19 @@ class Connection:
         self._receive(data, fds)
 
     def _receive_message(self) -> "tuple[bytes, tuple[int, ...]]":
+        """Receive bytes, of which at most the last one ends a command where fds come with them.
+
+        The kernel gives fds together with bytes that were sent before them, so of commands with an fd each the first would seem
+        to have the second one's. QEMU reads byte by byte.
+        """
         assert self._socket is not None
-        data, ancillary, _, _ = self._socket.recvmsg(_CHUNK_BYTES, _ANCILLARY_BYTES, MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+        size = _CHUNK_BYTES
+        if not self.peer_pid:  # not QEMU
+            data, _, flags, _ = self._socket.recvmsg(size, 0, MSG_DONTWAIT | MSG_PEEK)
+            if not flags & MSG_CTRUNC:  # no fds, then
+                return self._socket.recv(len(data), MSG_DONTWAIT), ()
+            size = data.find(b"}") + 1 or size
+        data, ancillary, _, _ = self._socket.recvmsg(size, _ANCILLARY_BYTES, MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
         fds: "list[int]" = []
         for level, kind, item in ancillary:
             if (level, kind) == (SOL_SOCKET, SCM_RIGHTS):

@@ -51,6 +51,8 @@ class Opener:
         self._handed: "dict[int, Handed]" = {}
         self._released: "dict[int, bool]" = {}  # numbers that are given back, and whether their command failed
         self._covered: "tuple[Shown, ...]" = ()  # could not be taken back yet: something else is attached over it
+        self._seen: "dict[int, frozenset[int]]" = {}  # commands being prepared: the numbers that they may come to use too
+        self._sweeping = False
         self._lock = os.memfd_create("qemu-userns-lock", os.MFD_CLOEXEC)
 
     def prepare(self, action: "Prepare", answer: "Answer") -> None:
@@ -58,6 +60,7 @@ class Opener:
         self._last += 1
         number = self._last
         placed = tuple((grant, handed) for handed, item in self._handed.items() for grant in item.grants)
+        self._seen[number] = frozenset(self._handed)
 
         def work() -> "tuple[Plain, list[int]]":
             from qemu_userns.supervisor.hotplug import Job, open_command
@@ -66,15 +69,18 @@ class Opener:
             return open_command(Job(self._state, self.pid, self.pidfd, action.name, action.text, placed, first, self._lock))
 
         def done(result: object, fds: "tuple[int, ...]") -> None:
+            del self._seen[number]
             if isinstance(result, Failed) or not isinstance(result, dict):
                 text = result.text if isinstance(result, Failed) else "no answer"
                 self._log(f"{action.name}: {text}")
                 answer(action.ticket, Refused(_ERROR_CLASS, text))
+                self._sweep()
                 return
             self._handed[number] = from_plain(result["handed"], CLASSES)
             fdsets = tuple((fdset, fd, opaque) for (fdset, opaque), fd in zip(result["fdsets"], fds, strict=False))
             names = tuple(zip(result["names"], fds[len(fdsets) :], strict=True))
             answer(action.ticket, Prepared(result["text"], fdsets, names, number, result["one_shot"]))
+            self._sweep()
 
         start_worker(self._poller, work, done, _TIMEOUT_S, (self._lock, self.pidfd))
 
@@ -106,14 +112,18 @@ class Opener:
         return tuple(item for handed in self._handed.values() for item in handed.created if item.temporary)
 
     def _sweep(self) -> None:
-        """Take back what nobody uses any more."""
+        """Take back what nobody uses any more: one worker at a time, since what is attached over something goes before it."""
+        if self._sweeping:
+            return
         used = {number for handed, item in self._handed.items() if handed not in self._released for number in item.reused}
+        used.update(*self._seen.values())
         free = [number for number in self._released if number in self._handed and number not in used]
         items = [(self._handed.pop(number), self._released.pop(number)) for number in free]
-        shown = tuple(place for item, _ in items for place in item.shown) + self._covered
+        places = tuple(place for item, _ in items for place in item.shown)
         created = tuple(file for item, failed in items for file in item.created if failed or file.temporary)
-        if not shown and not created:
+        if not places and not created:
             return
+        shown = self._covered + places
 
         def work() -> "tuple[Plain, list[int]]":
             from qemu_userns.supervisor.hotplug import take_back
@@ -121,10 +131,13 @@ class Opener:
             return to_plain(take_back(self._state, self.pid, self.pidfd, shown, created, self._lock)), []
 
         def done(result: object, _: "tuple[int, ...]") -> None:
+            self._sweeping = False
             if isinstance(result, Failed):
                 self._log(f"what was shown to QEMU cannot be taken back: {result.text}")
+                self._covered = shown
             else:
-                self._covered += from_plain(result, CLASSES)
+                self._covered = from_plain(result, CLASSES)
+            self._sweep()
 
-        self._covered = ()
+        self._sweeping = True
         start_worker(self._poller, work, done, _TIMEOUT_S, (self._lock, self.pidfd))

@@ -127,7 +127,7 @@ class Server:
             if isinstance(answer, Failed) or not fds:
                 lost()
             else:
-                broker.add_client(fds[0], fds[0], monitor.rights, lost)
+                broker.join(fds, lost)
 
         if not broker.ended:
             start_worker(self._poller, connect, done, _CONNECT_TIMEOUT_S)

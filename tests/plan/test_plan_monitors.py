@@ -45,7 +45,7 @@ def test_a_socket_joins_the_callers_monitor() -> None:
 )
 def test_else_a_monitor_is_added_beside_the_default_one(words: tuple[str, ...]) -> None:
     plan = with_sockets(*words)
-    assert asked_for(plan)[-2:] == ["monitor has it alone", "socket /x/new-ours for qemu-userns"]
+    assert asked_for(plan)[-2:] == ["monitor serves it on sockets of ours alone", "socket /x/new-ours for qemu-userns"]
     (monitor,) = [grant for grant in plan.grants if isinstance(grant, Monitor) and grant.label == "qemu-userns"]
     (config,) = configs(plan)
     assert f'[chardev "qemu-userns"]\n  backend = "socket"\n  fd = "{monitor.number}"\n' in config
@@ -172,15 +172,65 @@ def test_a_monitor_that_nobody_can_restrict_is_refused(words: tuple[str, ...]) -
     assert not plan_of(*words).find_refusals()
 
 
-@pytest.mark.parametrize(("address", "refused"), [("tcp:localhost:1", True), ("unix:/x/new", False)])
-def test_only_peers_with_a_uid_can_be_told_apart(address: str, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("device", "refused"),
+    [
+        ("tcp:localhost:1,server=on,wait=off", True),
+        ("tcp:localhost:1", True),
+        ("stdio", True),
+        ("unix:/x/new,server=on,wait=off", False),
+        ("unix:/x/sock", False),
+    ],
+)
+def test_only_peers_with_a_uid_can_be_told_apart(device: str, refused: bool) -> None:
     rules = Settings(monitors=(MonitorRights("*", Rights(users=(7,))),))
-    assert bool(plan_of("-qmp", f"{address},server=on,wait=off", settings=rules).find_refusals()) is refused
+    refusals = plan_of("-qmp", device, settings=rules).find_refusals()
+    assert [refusal.why for refusal in refusals] == ["monitor compat_monitor0"] * refused
+    assert all("has no uid" in refusal.reason and refusal.hint for refusal in refusals)
 
 
 def test_hmp_is_not_meant() -> None:
     rules = Settings(monitors=(MonitorRights("*", LOOK),))
     assert not plan_of("-monitor", "stdio", "-qmp", "none", settings=rules).find_refusals()
+
+
+# --- monitors that QEMU serves by itself ------------------------------------------------------------------------------
+
+TLS = ("-object", "tls-creds-anon,id=t,endpoint=server")
+
+
+@pytest.mark.parametrize(
+    ("words", "labels"),
+    [
+        (("-monitor", "stdio"), {"compat_monitor0": "HMP"}),
+        (("-monitor", "unix:/x/new,server=on,wait=off", *PLAIN), {"compat_monitor0": "HMP"}),
+        ((*PLAIN, "-monitor", "vc"), {"compat_monitor1": "HMP"}),
+        (("-chardev", "stdio,id=m", "-mon", "m"), {"m": "HMP"}),
+        (("-chardev", "stdio,id=m", "-mon", "chardev=m,mode=readline"), {"m": "HMP"}),
+        (("-chardev", "stdio,id=m", "-monitor", "chardev:m"), {"m": "HMP"}),
+        (("-serial", "mon:stdio"), {"serial0": "HMP"}),
+        (("-qmp", "tcp:localhost:1,server=on,wait=off,telnet=on"), {"compat_monitor0": "QMP over telnet"}),
+        (("-qmp", "telnet:localhost:1,server=on,wait=off"), {"compat_monitor0": "QMP over telnet"}),
+        (("-qmp-pretty", "websocket:localhost:1,server=on,wait=off"), {"compat_monitor0": "QMP over websocket"}),
+        (("-qmp", "pty"), {"compat_monitor0": "QMP on a pty"}),
+        ((*TLS, "-qmp", "tcp:localhost:1,server=on,wait=off,tls-creds=t"), {"compat_monitor0": "QMP over TLS"}),
+        (("-chardev", "stdio,id=m,mux=on", "-mon", "m,mode=control"), {"m": "QMP on a mux"}),
+        (("-chardev", "stdio,id=m", "-mon", "m,mode=control", "-serial", "chardev:m"), {"m": "QMP on a shared device"}),
+        (("-monitor", "stdio", "-qmp", "pty"), {"compat_monitor0": "HMP", "compat_monitor1": "QMP on a pty"}),
+        (PLAIN, {}),
+        ((), {}),
+        (("-monitor", "none", "-qmp", "null", "-serial", "stdio"), {}),
+    ],
+)
+def test_a_note_says_which_and_what_that_means(words: tuple[str, ...], labels: dict[str, str]) -> None:
+    plan = plan_of(*words)
+    assert list(plan.notes) == [
+        f"monitor {label}: {what}, which QEMU serves by itself: a path that is first named there is not in QEMU's view"
+        for label, what in labels.items()
+    ]
+    assert describe_plan(plan)["notes"] == [{"note": note} for note in plan.notes]
+    served = {grant.label for grant in plan.grants if isinstance(grant, Monitor)}
+    assert not served & labels.keys()
 
 
 # --- passthrough ------------------------------------------------------------------------------------------------------
@@ -208,7 +258,7 @@ def test_a_monitor_may_ask_for_a_program(settings: Settings) -> None:
     [
         (Rights(), "every command"),
         (LOOK, "commands that change nothing"),
-        (Rights(allow=("a", "b"), deny=("c",), users=(0, 7)), "only a, b, not c, for uid 0, 7"),
+        (Rights(allow=("a", "b"), deny=("c",), users=(0, 7)), "only a, b; not c; uid 0, 7 alone"),
     ],
 )
 def test_rights_are_said(rights: Rights, text: str) -> None:
@@ -216,11 +266,13 @@ def test_rights_are_said(rights: Rights, text: str) -> None:
     rules = Settings(sockets=(SocketRights("/x/new-ours", rights),), monitors=(MonitorRights("*", rights),))
     monitor, socket = describe_plan(plan_of(*PLAIN, settings=rules))["monitors"]
     assert monitor["clients"] == text
-    assert socket["what"] == "/x/new-ours (mode 0600), for monitor compat_monitor0"
+    assert socket["what"] == "/x/new-ours (mode 0600), where the supervisor serves QMP monitor compat_monitor0 too"
     assert socket["clients"].startswith(text)
 
 
 def test_fds_that_a_later_migrate_incoming_may_name_are_kept() -> None:
-    kept = [grant.number for grant in plan_of("-incoming", "defer", "-qmp", "stdio", fds=(7, 9)).grants if isinstance(grant, KeepFd)]
+    kept = [
+        grant.number for grant in plan_of("-incoming", "defer", "-qmp", "stdio", fds=(7, 9)).grants if isinstance(grant, KeepFd)
+    ]
     assert kept == [7, 9]
     assert not any(isinstance(grant, KeepFd) for grant in plan_of("-incoming", "tcp:0:1", fds=(7, 9)).grants)

@@ -4,7 +4,7 @@ import pytest
 
 from qemu_userns.qmp.message import build_command, parse_command
 from qemu_userns.qmp.names import MAX_NAMES, FdNames, Found
-from qemu_userns.qmp.policy import FULL, Policy, read_hmp_name
+from qemu_userns.qmp.policy import FULL, Policy, read_hmp_names
 
 READ_ONLY = Policy(read_only=True)
 
@@ -75,7 +75,18 @@ def test_actions_of_a_transaction(types: list[object], denied: str | None) -> No
         (Policy(allow=frozenset(["human-monitor-command", "stop"])), "cont", "cont"),
         (Policy(allow=frozenset(["human-monitor-command", "stop"])), "info x", None),
         (Policy(allow=frozenset(["human-monitor-command"]), deny=frozenset(["info"])), "info x", "info"),
-        (Policy(allow=frozenset(["human-monitor-command", "blockdev-change-medium"])), "change vnc password", None),
+        (Policy(allow=frozenset(["human-monitor-command", "blockdev-change-medium"])), "change vnc password", "change"),
+        (Policy(allow=frozenset(["human-monitor-command", "change"])), "change vnc password", None),
+        (Policy(allow=frozenset(["human-monitor-command", "*"]), deny=frozenset(["change-vnc-password"])), "change a", "change"),
+        (Policy(allow=frozenset(["human-monitor-command", "blockdev-change-medium", "change-vnc-password"])), "change a", None),
+        (Policy(allow=frozenset(["human-monitor-command", "*"]), deny=frozenset(["object-add"])), "object_add x", "object_add"),
+        (Policy(allow=frozenset(["human-monitor-command", "*"]), deny=frozenset(["device_*"])), "device_del x", "device_del"),
+        (Policy(allow=frozenset(["human-monitor-command", "object-add"])), "object_add x", None),
+        (Policy(allow=frozenset(["human-monitor-command"]), deny=frozenset(["inf*"])), "info x", "info"),
+        (Policy(allow=frozenset(["human-monitor-command"]), deny=frozenset(["query-*"])), "info\tblock", "info"),
+        (Policy(allow=frozenset(["human-monitor-command"]), deny=frozenset(["query-block"])), "info  block", "info"),
+        (Policy(allow=frozenset(["human-monitor-command"]), deny=frozenset(["query-block"])), "info blockstats", None),
+        (Policy(allow=frozenset(["human-monitor-command"]), deny=frozenset(["human-*"])), "info x", "human-monitor-command"),
     ],
 )
 def test_human_monitor_commands(policy: Policy, line: str, denied: str | None) -> None:
@@ -84,7 +95,16 @@ def test_human_monitor_commands(policy: Policy, line: str, denied: str | None) -
 
 
 def test_names_of_human_monitor_commands() -> None:
-    assert [read_hmp_name(line) for line in ("a", " a b", "a/b", "/a", "", " \v", "a\nb")] == ["a", "a", "a", "", "", "", "a"]
+    lines = ("a", " a b", "a/b", "/a", "", " \v", "a\nb\tc")
+    assert [read_hmp_names(line) for line in lines] == [
+        ("a", ""),
+        ("a", "b"),
+        ("a", ""),
+        ("", ""),
+        ("", ""),
+        ("", ""),
+        ("a", "b"),
+    ]
 
 
 def test_names_of_one_client_stay_as_they_are() -> None:
