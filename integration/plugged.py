@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import subprocess
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from integration.leftovers import process_table
 from integration.shares import Launch, dropin_words
-from integration.talk import DEADLINE_S, PLAIN, connected, fds_of, started, wait_until
+from integration.talk import DEADLINE_S, PLAIN, connected, started
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +29,16 @@ if TYPE_CHECKING:
     Dialogue = Callable[["Vm"], list[Any]]
 
 ROOT = os.geteuid() == 0
-BARE = ["-S", "-nodefaults", "-display", "none", "-M", "none"]
+BARE = ["-nodefaults", "-display", "none", "-M", "none"]
 SIZE_BYTES = 1 << 20
+SETTLE_S = 5
+PROBE_LIMIT_S = 20
 
 # What differs from run to run: when, and QEMU's own numbers for block nodes, fds and ports.
 _VARYING = [
     (re.compile(r"#block\d+"), "#block"),
     (re.compile(r'((?:micro)?seconds\\?"): \d+'), r"\1: 0"),
-    (re.compile(r'(fd\\?"): \d+'), r"\1: 0"),
+    (re.compile(r'(fd\\?": |file descriptor )\d+'), r"\g<1>0"),
     (re.compile(r"/dev/pts/\d+"), "/dev/pts/N"),
 ]
 
@@ -102,16 +105,12 @@ class Client:
 
     def wait_job(self, job: str) -> dict[str, Any]:
         """Wait until a job has concluded, dismiss it, and return what it says of itself."""
+        end = time.monotonic() + DEADLINE_S
         while (found := next(item for item in self.execute("query-jobs") if item["id"] == job))["status"] != "concluded":
-            self.read_event()
+            assert time.monotonic() < end, found
+            time.sleep(0.01)
         self.execute("job-dismiss", id=job)
         return {key: found[key] for key in ("status", "type", "error") if key in found}
-
-    def read_event(self) -> None:
-        """Wait for any event."""
-        if not self.events:
-            self.events.append(self.read())
-        self.events.clear()
 
     def read(self) -> dict[str, Any]:
         """Return the next message."""
@@ -134,6 +133,11 @@ class Held:
     root: list[str]
     qemu: Counter[str]
     supervisor: Counter[str]
+
+    def compare(self, other: Held, kind: str) -> list[str]:
+        """Return a line for each thing that one of them has more than the other."""
+        ours, theirs = Counter(getattr(self, kind)), Counter(getattr(other, kind))
+        return [f"{kind} gone: {line}" for line in (ours - theirs)] + [f"{kind} new: {line}" for line in (theirs - ours)]
 
 
 @dataclass
@@ -177,8 +181,9 @@ class Vm:
     def supervisor(self) -> int:
         """The supervisor's pid."""
         command = "qemu_userns/supervisor/main.py"
-        wanted = str(self.process.pid)
-        return next(pid for pid, (_, words) in process_table().items() if command in words and wanted in words.split())
+        return next(
+            pid for pid, (_, words) in process_table().items() if command in words and self.process.pid in watched_by(pid)
+        )
 
     def own(self, path: Path) -> Path:
         """Give a file to QEMU's id."""
@@ -220,18 +225,42 @@ class Vm:
     def held(self) -> Held:
         """Return what it holds."""
         mounts = (self.proc / "mountinfo").read_text().splitlines()
-        root = sorted(str(path.relative_to(self.proc / "root")) for path in find_view(self.proc / "root"))
-        fds = Counter(fds_of(self.process.pid).values())
-        supervisor = Counter(fds_of(self.supervisor).values()) if self.confined else Counter[str]()
+        view = self.proc / "root"
+        root = sorted(str(path.relative_to(view)) for path in find_view(view)) if self.confined else []
+        fds = Counter(targets(self.process.pid))
+        supervisor = Counter(targets(self.supervisor)) if self.confined else Counter[str]()
         return Held(mounts, root, fds, supervisor)
 
     @contextlib.contextmanager
-    def balanced(self) -> Iterator[None]:
-        """Fail unless QEMU and the supervisor hold in the end what they held in the beginning."""
+    def balanced(self, kept: str = "") -> Iterator[None]:
+        """Fail unless QEMU and the supervisor hold in the end what they held in the beginning, but for paths of a name."""
         self.qmp.execute("query-status")
         before = self.held()
         yield
-        wait_until(lambda: self.held() == before, "everything taken back", 10) if self.held() != before else None
+        end = time.monotonic() + SETTLE_S
+        while (now := self.held()) != before and time.monotonic() < end:
+            time.sleep(0.02)
+        differences = [line for kind in ("mounts", "root", "qemu", "supervisor") for line in before.compare(now, kind)]
+        differences = [line for line in differences if not kept or kept not in line]
+        assert not differences, "not as before:\n" + "\n".join(differences)
+
+
+def targets(pid: int) -> list[str]:
+    """Return what the fds of a process are, which opens and closes some meanwhile."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
+
+
+def watched_by(pid: int) -> set[int]:
+    """Return the processes that a process has a pidfd of."""
+    try:
+        texts = [path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir()]
+    except (PermissionError, FileNotFoundError):  # somebody else's, or it has ended
+        return set()
+    return {int(line.split()[1]) for text in texts for line in text.splitlines() if line.startswith("Pid:")}
 
 
 def find_view(root: Path) -> list[Path]:
@@ -252,8 +281,6 @@ def plugged(
     monitors = [folder / "q0", folder / "q1"]
     words = [word for path in monitors for word in ("-qmp", f"unix:{path},server=on,wait=off")]
     command = [*(PLAIN if launch is None else dropin_words()), *machine, *words, *options, *(launch.options if launch else ())]
-    if launch is not None:
-        launch.own(folder)
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(started(command, cwd=folder, pass_fds=pass_fds))
         clients = stack.enter_context(contextlib.ExitStack())
@@ -263,14 +290,23 @@ def plugged(
         process.send_signal(signal.SIGCONT)
 
 
-def compared(shared_tmp: Path, launch: Launch, dialogue: Dialogue, *options: str, **more: Any) -> None:
-    """Have a dialogue with plain QEMU and with the drop-in's: both must see the same, and afterwards hold what they did."""
-    seen = {}
-    for name in ("plain", "dropin"):
-        with plugged(shared_tmp / name, launch if name == "dropin" else None, *options, **more) as vm, vm.balanced():
-            seen[name] = [fixed(json.dumps(item), vm.folder) for item in dialogue(vm)]
-    for ours, plain in zip_longest(seen["dropin"], seen["plain"]):
-        assert ours == plain
+def compared(shared_tmp: Path, launch: Launch, dialogue: Dialogue, *options: str, kept: str = "", **more: Any) -> None:
+    """Have a dialogue with plain QEMU and with the drop-in's: both must see the same, and ours hold in the end what it did.
+
+    Args:
+        shared_tmp: a folder that QEMU can pass through.
+        launch: how the drop-in starts QEMU.
+        dialogue: returns what was seen.
+        options: more of QEMU's.
+        kept: a name; what is left of such a path is none of this test's business.
+        more: for `plugged`.
+    """
+    with plugged(shared_tmp / "plain", None, *options, **more) as vm:
+        plain = [fixed(json.dumps(item), vm.folder) for item in dialogue(vm)]
+    with plugged(shared_tmp / "dropin", launch, *options, **more) as vm, vm.balanced(kept):
+        pairs = zip_longest(plain, (fixed(json.dumps(item), vm.folder) for item in dialogue(vm)))
+        differences = [f"  plain: {theirs}\n  ours:  {ours}" for theirs, ours in pairs if ours != theirs]
+        assert not differences, "\n" + "\n".join(differences)
 
 
 def fixed(text: str, folder: Path) -> str:

@@ -77,6 +77,8 @@ def start(dropin: list[str], shared_tmp: Path) -> StartVm:
         words = [*dropin, *IDLE, "-chardev", chardev, "-mon", "chardev=m,mode=control", *options]
         with started(words, env=settings_of(shared_tmp, settings), cwd=shared_tmp, **popen) as process:
             yield Vm(process, shared_tmp)
+        # The next VM of the test has sockets of the same names.
+        wait_until(lambda: not any((shared_tmp / name).is_socket() for name in ("m", "ours")), "the end of the sockets")
 
     return start
 
@@ -224,10 +226,16 @@ def test_who_may_only_look_changes_nothing(start: StartVm, table: str) -> None:
     attempts.append((command("human-monitor-command", command_line=["info"]), refusal("human-monitor-command")))
     for echo in (7, "x", [1, {"a": None}], {"b": 1.5}, False):
         attempts.append((json.dumps({"execute": "quit", "id": echo}).encode(), refusal("quit", echo)))
-    with start(rights(table, access="read-only")) as vm, vm.client("m" if table == "monitor" else "ours") as client:
+    attempts.append((command("qom-get", path="/objects/key", property="data"), refusal("qom-get")))
+    secret = "secret,id=key,data=the-key"
+    with (
+        start(rights(table, access="read-only"), "-object", secret) as vm,
+        vm.client("m" if table == "monitor" else "ours") as client,
+    ):
         assert_unheard(vm, client, attempts)
         assert client.execute("query-name") == {}
         assert client.execute("qom-list", path="/")
+        assert client.execute("qom-get", path="/objects/key", property="format") == "raw"
         assert client.execute("device-list-properties", typename="nvme")
         assert "QEMU" in client.execute("query-version")["package"] or client.execute("query-version")["qemu"]
         assert client.ask(hmp("info version"))["return"].strip()

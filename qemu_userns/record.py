@@ -41,13 +41,13 @@ class Record:
         """
         fields = self._fields
         values = self.__dict__
-        if len(args) == len(fields) and not kwargs:
-            values.update(zip(fields, args, strict=True))
-            return
-        values.update(self._defaults)
+        known = True
+        if len(args) < len(fields):
+            values.update(self._defaults)
         values.update(zip(fields, args, strict=False))
-        values.update(kwargs)
-        known = kwargs.keys() <= self._names and kwargs.keys().isdisjoint(fields[: len(args)])
+        if kwargs:
+            values.update(kwargs)
+            known = kwargs.keys() <= self._names and kwargs.keys().isdisjoint(fields[: len(args)])
         if not known or len(values) != len(fields) or len(args) > len(fields):
             raise TypeError(f"{type(self).__name__} has the fields {', '.join(fields)}")
 
@@ -88,7 +88,7 @@ def to_plain(value: object) -> "Plain":
 
 
 def from_plain(value: object, classes: "dict[str, type[Record]]") -> "Any":  # noqa: ANN401
-    """Return what `to_plain` was given; sets come back as tuples.
+    """Return what `to_plain` was given; sets come back as tuples, and fields that the records do not have are left out.
 
     Args:
         value: what `to_plain` returned.
@@ -101,8 +101,7 @@ def from_plain(value: object, classes: "dict[str, type[Record]]") -> "Any":  # n
         return tuple(from_plain(item, classes) for item in value)
     if not isinstance(value, dict):
         return value
-    fields = {str(name): from_plain(item, classes) for name, item in value.items()}
-    cls = classes.get(str(fields.pop("is", "")))
-    if cls is None or not fields.keys() <= cls._names:
-        raise ValueError(f"unknown record: {', '.join(fields)}")
-    return cls(**fields)
+    cls = classes.get(str(value.get("is")))
+    if cls is None:
+        raise ValueError(f"unknown record: {value.get('is')}")
+    return cls(**{str(name): from_plain(item, classes) for name, item in value.items() if name in cls._names})

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from qemu_userns.cli.vms import Vm, find_vm, read_vms
+from qemu_userns.cli.vms import Vm, find_vm, is_supervised, read_vms
 from qemu_userns.errors import HostError, UsageError
 from qemu_userns.supervisor import main as supervisor_main
 from qemu_userns.supervisor import registry
@@ -41,15 +41,6 @@ def adopt(words: "list[str]") -> int:
         else:
             print(vm.describe())
     return status
-
-
-def is_supervised(vm: Vm) -> bool:
-    """Say whether a VM has a supervisor."""
-    lock = registry.lock_entry(os.path.dirname(vm.socket), vm.pid)
-    if lock is None:
-        return True
-    os.close(lock)
-    return False
 
 
 def _start_supervisor(vm: Vm) -> bytes:

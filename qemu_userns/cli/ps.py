@@ -3,7 +3,7 @@
 import json
 import signal
 
-from qemu_userns.cli.vms import read_vms
+from qemu_userns.cli.vms import is_supervised, read_vms
 from qemu_userns.errors import printable
 
 TYPE_CHECKING = False
@@ -31,12 +31,13 @@ def ps(as_json: bool) -> int:
 def _build_row(vm: "Vm") -> "tuple[str, ...]":
     state = vm.state
     monitors = ", ".join(_name_monitor(monitor) for monitor in state.monitors)
+    monitors += "" if is_supervised(vm) else " (no supervisor: qemu-userns adopt)"
     cells = (str(vm.pid), state.name or "-", state.uuid or "-", vm.version, str(state.identity.uid), monitors or "-")
     return tuple(printable(cell) for cell in cells)
 
 
 def _name_monitor(monitor: "Monitor") -> str:
-    return f"{monitor.kind} {monitor.given}".strip()
+    return f"{monitor.kind} {monitor.given}".strip() + (" (lost)" if monitor.lost else "")
 
 
 def _describe(vm: "Vm") -> "dict[str, object]":
@@ -51,4 +52,5 @@ def _describe(vm: "Vm") -> "dict[str, object]":
         "gid": state.identity.gid,
         "monitors": [{"label": m.label, "kind": m.kind, "address": m.given, "pretty": m.pretty} for m in state.monitors],
         "socket": vm.socket,
+        "supervised": is_supervised(vm),
     }

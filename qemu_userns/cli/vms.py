@@ -2,11 +2,14 @@
 
 import os
 import stat
+import time
 
 from qemu_userns.errors import HostError, UsageError
 from qemu_userns.record import Record
 from qemu_userns.supervisor import registry
 from qemu_userns.supervisor.state import State
+
+_REGISTER_TIMEOUT_S, _PAUSE_S = 0.5, 0.02
 
 
 class Vm(Record):
@@ -57,13 +60,27 @@ def find_vm(wanted: str) -> Vm:
     Raises:
         UsageError: there is none, or more than one.
     """
-    vms = read_vms()
-    found = [vm for vm in vms if str(vm.pid) == wanted] or [vm for vm in vms if registry.match(vm.pid, vm.state, wanted)]
+    deadline = time.monotonic() + _REGISTER_TIMEOUT_S
+    while not (found := _match(vms := read_vms(), wanted)) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_S)  # a daemon's pid is known to its supervisor a moment after -daemonize has returned
     if not found:
         raise UsageError(wanted or "VM", "there is no such VM", describe_vms(vms))
     if len(found) > 1:
         raise UsageError(wanted, f"{len(found)} VMs are called so", f"say which by its pid: {_list(found)}")
     return found[0]
+
+
+def is_supervised(vm: Vm) -> bool:
+    """Say whether a VM has a supervisor."""
+    lock = registry.lock_entry(os.path.dirname(vm.socket), vm.pid)
+    if lock is None:
+        return True
+    os.close(lock)
+    return False
+
+
+def _match(vms: "list[Vm]", wanted: str) -> "list[Vm]":
+    return [vm for vm in vms if str(vm.pid) == wanted] or [vm for vm in vms if registry.match(vm.pid, vm.state, wanted)]
 
 
 def describe_vms(vms: "list[Vm]") -> str:

@@ -13,16 +13,25 @@ if TYPE_CHECKING:
 
 NAME = ".qemu-userns.bundle"
 LOADER = "qemu_userns.hooks.loader"
-# Not on the launch path.
+# Not on the launch path, or on that of few command lines.
 _LEFT_OUT = (
+    "qemu_userns.catalogue.command",
+    "qemu_userns.catalogue.owners",
     "qemu_userns.cli",
+    "qemu_userns.cmdline.hmp",
     "qemu_userns.hooks.install",
     "qemu_userns.hooks.bundle",
+    "qemu_userns.host.programs",
     "qemu_userns.host.qemu_probe",
     "qemu_userns.host.settings",
-    "qemu_userns.supervisor.main",
+    "qemu_userns.host.tcp",
+    "qemu_userns.plan.command",
+    "qemu_userns.qmp",
+    "qemu_userns.sandbox.running",
+    "qemu_userns.supervisor.",
     LOADER,
 )
+_KEPT = ("qemu_userns.supervisor.cleanup", "qemu_userns.supervisor.process", "qemu_userns.supervisor.state")
 
 
 def build_bundle() -> bytes:
@@ -35,7 +44,7 @@ def build_bundle() -> bytes:
     code = b""
     for found in [*pkgutil.walk_packages(qemu_userns.__path__, "qemu_userns."), None]:
         name = "qemu_userns" if found is None else found.name
-        if name.startswith(_LEFT_OUT):
+        if name.startswith(_LEFT_OUT) and name not in _KEPT:
             continue
         file = _find_file(name)
         status = os.stat(file)

@@ -107,9 +107,13 @@ class CommandDraft(Draft):
     def check(self, need: "Need", fact: "PathFact", want: int) -> bool:
         """Refuse what the caller may not open, in QEMU's manner; return whether it may."""
         if fact.error is None and fact.kind != ABSENT and not self.caller_may(fact, want):
-            self.refuse(f"Could not open '{need.path}'", "Permission denied")
+            self.refuse_open(need, "Permission denied")
             return False
         return super().check(need, fact, want)
+
+    def refuse_open(self, need: "Need", reason: str) -> None:
+        """Refuse a path that leads nowhere, in QEMU's manner."""
+        self.refuse(f"Could not open '{need.path}'", reason)
 
     def keep_fd(self, number: int, why: str, reopened: bool = False) -> None:
         """Leave numbers to QEMU: its fds are its own by now."""

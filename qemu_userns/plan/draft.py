@@ -59,6 +59,10 @@ class Draft:
         """Add a refusal."""
         self.grants.append(Refuse(why, reason, hint))
 
+    def refuse_open(self, need: "Need", reason: str) -> None:
+        """Refuse a path that leads nowhere."""
+        self.refuse(f"{need.describe()} {need.path}", reason)
+
     def refuse_access(self, need: "Need", what: str) -> None:
         """Refuse what QEMU's id may not do, and what no fd can stand in for."""
         fact = self.path(need.path)
@@ -189,7 +193,7 @@ class Draft:
         """Refuse what does not exist or what the caller may not open; return whether it may."""
         why = need.describe()
         if fact.error is not None:
-            self.refuse(f"{why} {need.path}", fact.error)
+            self.refuse_open(need, fact.error)
         elif fact.kind == ABSENT:
             self.refuse(f"{why} {need.path}", "No such file or directory", missing_hint(need, self.facts.caller.cwd))
         elif not self.caller_may(fact, want):

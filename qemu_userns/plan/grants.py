@@ -257,4 +257,4 @@ class QmpSocket(Grant):
 
     def describe(self) -> str:
         """Say where, and who may connect as far as the mode says it."""
-        return f"{self.given} (mode {self.mode:04o}), where the supervisor serves QMP monitor {self.label} too"
+        return f"{self.given} (mode {self.mode:04o}), where the supervisor serves QMP monitor {self.label}"

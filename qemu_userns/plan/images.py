@@ -40,7 +40,7 @@ def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         draft.way_to(fact, why)  # QEMU says so itself, in the words that scripts look for
         return
     if fact.error is not None:
-        draft.refuse(f"{why} {need.path}", fact.error)
+        draft.refuse_open(need, fact.error)
         return
     if not fact.readable:
         draft.check(need, fact, READ)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 # What says where a socket leads, and how it behaves, which is the supervisor's affair now.
 _ADDRESS = ("path", "host", "port", "fd", "abstract", "tight", "to", "ipv4", "ipv6", "keep-alive", "mptcp", "nodelay", "delay")
 _BEHAVIOUR = ("server", "wait", "reconnect", "reconnect-ms", "signal")
-_OUT_OF_VIEW = "a path that is first named there is not in QEMU's view"
 OWN_LABEL = "qemu-userns"
 PASSTHROUGH_LABEL = "qemu-userns-passthrough"
 
@@ -34,7 +33,7 @@ def serve_monitors(draft: "Draft", commandline: "CommandLine", settings: "Settin
     served = [device.obj for device in find_monitors(commandline) if serve_monitor(draft, device, settings.monitors)]
     for monitor in find_untouched(commandline):
         label = _label(draft, monitor.device)
-        draft.notes.append(f"monitor {label}: {monitor.why}, which QEMU serves by itself: {_OUT_OF_VIEW}")
+        _note_untouched(draft, label, monitor.why)
         if monitor.qmp and find_rights(settings.monitors, label).restricted:
             draft.refuse(
                 f"monitor {label}",
@@ -46,6 +45,13 @@ def serve_monitors(draft: "Draft", commandline: "CommandLine", settings: "Settin
     if settings.passthrough:
         add_passthrough(draft, settings.passthrough)
     return served
+
+
+def _note_untouched(draft: "Draft", label: str, why: str) -> None:
+    """Have explain say what it means that a monitor is QEMU's own affair."""
+    draft.notes.append(
+        f"monitor {label}: {why}, which QEMU serves by itself: a path that is first named there is not in its view"
+    )
 
 
 def serve_monitor(draft: "Draft", device: "MonitorDevice", rules: "Sequence[MonitorRights]" = ()) -> bool:
@@ -102,6 +108,7 @@ def add_passthrough(draft: "Draft", path: str) -> None:
         number, config = draft.next_fd(), draft.next_fd()
         draft.add(Listen("passthrough: a monitor that QEMU serves by itself", place[1], place[0], number))
         add_monitor_config(draft, PASSTHROUGH_LABEL, number, config)
+        _note_untouched(draft, PASSTHROUGH_LABEL, "passthrough")
 
 
 def _find_place(draft: "Draft", what: str, path: str) -> "tuple[str, str] | None":

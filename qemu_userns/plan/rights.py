@@ -33,9 +33,9 @@ class Rights(Record):
         """Say them in one line."""
         parts = ["commands that change nothing"] if self.access == READ_ONLY else [] if self.allow else ["every command"]
         parts += [f"only {', '.join(self.allow)}"] if self.allow else []
-        parts += [f"not {', '.join(self.deny)}"] if self.deny else []
-        parts += [f"uid {', '.join(map(str, self.users))} alone"] if self.users else []
-        return "; ".join(parts)
+        denied = f" but not {', '.join(self.deny)}" if self.deny else ""
+        users = f"; for uid {', '.join(map(str, self.users))} alone" if self.users else ""
+        return ", ".join(parts) + denied + users
 
 
 class SocketRights(Record):

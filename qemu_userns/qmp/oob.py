@@ -24,12 +24,13 @@ class OutOfBand:
         self._shared = shared
         self._waiting: deque[Client] = deque()
         """A client for each command in its `oob_waiting`, in order."""
-        self._running: dict[str, tuple[Client, str | None]] = {}
-        """By our id, who waits for the reply, and its own id."""
+        self._running: dict[str, tuple[Client, str | None, int]] = {}
+        """By our id, who waits for the reply, its own id, and how large the command was."""
 
     def push(self, client: "Client", command: "Command") -> None:
         """Take a command that its client may run, and send it if not too many are at QEMU."""
         client.oob_waiting.append(command)
+        client.waiting_bytes += len(command.text)  # until the reply: QEMU may not read, either
         self._waiting.append(client)
         self._send()
 
@@ -47,7 +48,7 @@ class OutOfBand:
             command = client.oob_waiting.popleft()
             client.oob_running += 1
             echo = self._shared.next_id()
-            self._running[echo[1:-1]] = (client, command.id)
+            self._running[echo[1:-1]] = (client, command.id, len(command.text))
             self._shared.actions.append(SendQemu(build_command(command.name, command.arguments, echo, oob=True)))
 
     def receive(self, line: bytes) -> bool:
@@ -58,8 +59,9 @@ class OutOfBand:
         echo = value.get("id")
         if not isinstance(echo, str) or echo not in self._running:
             return False
-        client, before = self._running.pop(echo)
+        client, before, size_bytes = self._running.pop(echo)
         client.oob_running -= 1
+        client.waiting_bytes -= size_bytes
         error = get_dict(value, "error")
         if "return" in value:
             data = build_return(value["return"], before, self._shared.pretty)

@@ -3,7 +3,7 @@
 * Full: everything that plain QEMU allows; text that is no command goes to QEMU too.
 * Anything else is restricted. Only well-formed commands reach QEMU, printed anew from what was understood, so that QEMU cannot
   understand something else. `qmp_capabilities` is always allowed.
-* `read_only`: the commands of READ_ONLY. Of human monitor commands: `info`.
+* `read_only`: the commands of READ_ONLY, but no secret: `qom-get` of a property `data`. Of human monitor commands: `info`.
 * `allow`: only what it names. `deny`: not what it names. A name that ends in `*` stands for all that begin so.
 * `human-monitor-command` can do nearly everything, so with lists it has to be named in `allow`, in full; the command in it has to
   be allowed by its own name or its QMP twin's, and neither may be denied. `info` is allowed, unless it or the query is denied.
@@ -27,12 +27,13 @@ READ_ONLY = frozenset(
         "device-list-properties",
         "qom-get",
         "qom-list",
-        "qom-list-get",
         "qom-list-properties",
         "qom-list-types",
         "trace-event-get-state",
     )
 )
+"""Not qom-list-get, which shows secrets among all else."""
+_SECRET = "data"  # the property of a `secret` object that holds it
 HMP = "human-monitor-command"
 TWINS = {
     "c": ("cont",),
@@ -83,6 +84,8 @@ class Policy(Record):
         if command.name == HMP:
             line = command.arguments.get("command-line")
             return self._find_denied_hmp(line if isinstance(line, str) else "")
+        if self.read_only and command.name == "qom-get" and command.arguments.get("property") == _SECRET:
+            return command.name
         names = [command.name, *list_actions(command.arguments)] if command.name == "transaction" else [command.name]
         return next((name for name in names if not self._allows(name)), None)
 

@@ -212,7 +212,7 @@ class Broker:
             os.close(client)
             self._log(f"a client is turned away: {_MOST_CLIENTS} are there")
             return
-        if self._qemu is None and not self.ended:
+        if own and self._qemu is None and not self.ended:  # another socket's client is not the one that QEMU waits for
             self.connect_qemu()
         self.add_client(client, client, rights)
         if own:

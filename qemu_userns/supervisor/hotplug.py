@@ -67,7 +67,8 @@ def open_command(job: Job) -> "tuple[Plain, list[int]]":
     plan = _plan(job)
     error = plan.find_error()
     if error is not None:
-        raise ResourceError(job.name, error)
+        what, _, why = error.partition(": ")
+        raise ResourceError(what, why)
     layout, reused = _build_layout(job, plan)
     opened = _Collected(layout)
     try:
@@ -107,16 +108,19 @@ def take_back(
 
 
 def _plan(job: Job) -> "CommandPlan":
-    """Look at what the command names, from where QEMU stands, and plan."""
+    """Look at what the command names, and plan.
+
+    A relative path is one from where QEMU was started, or from "/" for a daemon. Where QEMU stands now is not asked for: a QEMU
+    that a guest has taken over could choose the directory in which the caller's rights are used.
+    """
     objects = read_command(job.name, job.text)
     needs = find_command_needs(job.name, objects)
+    state = job.state
     try:
-        cwd = os.readlink(f"/proc/{job.pid}/cwd")
-        os.chdir(cwd)
+        os.chdir(state.caller.cwd)
     except OSError as err:
         raise ResourceError("QEMU's working directory", err.strerror or str(err)) from err
-    state = job.state
-    caller = state.caller.replace(cwd=cwd, open_fds=frozenset())
+    caller = state.caller.replace(open_fds=frozenset())
     facts = look_at_host(needs, objects, caller, state.identity, {}, state.program, ())
     return build_command_plan(job.name, job.text, objects, needs, facts, state.identity, job.first_number, state.host_tree)
 

@@ -1,6 +1,7 @@
 """The log of a supervisor: a file in the run directory, bounded, gone with the VM."""
 
 import os
+import syslog
 import time
 
 _MAX_BYTES = 1 << 20
@@ -31,6 +32,12 @@ class Log:
             self._write(line)
         elif len(self._waiting) < _MAX_WAITING:
             self._waiting.append(line)
+
+    def give_up_file(self) -> None:
+        """Tell the system's log what waits: there will be no file."""
+        for line in self._waiting:
+            syslog.syslog(syslog.LOG_WARNING, line.rstrip())
+        self._waiting.clear()
 
     def _write(self, line: str) -> None:
         assert self._fd is not None

@@ -102,8 +102,15 @@ class Supervisor:
         process.reap(self._child)
 
     def _send(self, message: str, ancillary: "Iterable[tuple[int, int, bytes]]" = ()) -> None:
-        """Send a message."""
-        self._channel.sendmsg([os.fsencode(message)], ancillary)
+        """Send a message.
+
+        Raises:
+            SandboxError: nobody is there to take it.
+        """
+        try:
+            self._channel.sendmsg([os.fsencode(message)], ancillary)
+        except OSError as err:
+            raise SandboxError("cannot talk to the supervisor", f"it has died: {err.strerror}") from err
 
 
 def fork_supervisor(identity: "Identity", lease: str) -> Supervisor:

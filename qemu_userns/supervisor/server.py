@@ -155,10 +155,10 @@ class Server:
         self._state = self._state.replace(pid=pid, daemonizes=False, started=registry.find_start(pid))
         try:
             self._register()
-        except HostError as err:
-            self._log.write(f"the VM is not registered, qmp and adopt do not know it: {err}")
-        except OSError as err:
-            self._log.write(f"the VM is not registered, qmp and adopt do not know it: {err.strerror}")
+        except (HostError, OSError) as err:
+            why = err.strerror if isinstance(err, OSError) else err
+            self._log.write(f"the VM {pid} is not registered, qmp and adopt do not know it: {why}")
+            self._log.give_up_file()
 
     def _register(self) -> None:
         """Make the VM known to others of our programs, on a socket of its own."""

@@ -50,6 +50,7 @@ CLASSES: "dict[str, type[Record]]" = {
 
 def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
     """Build the state of a VM that is about to run."""
+    daemonizes = any(option.name == "daemonize" for option in start.asked.commandline.options)
     names = {obj.kind: obj for obj in start.asked.commandline.objects if obj.kind in ("name", "uuid")}
     return State(
         os.getpid(),
@@ -57,11 +58,11 @@ def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
         (names["uuid"].get("value") or "") if "uuid" in names else "",
         plan.program,
         start.asked.qemu.version,
-        any(option.name == "daemonize" for option in start.asked.commandline.options),
+        daemonizes,
         "" if start.lease is None else start.lease.path,
         plan.host_tree,
         plan.identity,
-        start.caller.replace(open_fds=frozenset()),
+        start.caller.replace(open_fds=frozenset(), cwd="/" if daemonizes else start.caller.cwd),
         tuple(grant for grant in plan.grants if isinstance(grant, grants.Monitor)),
         opened.layout,
         tuple(opened.leftovers),

@@ -44,9 +44,7 @@ class Failed:
         self.text = text
 
 
-def start_worker(
-    poller: "Poller", work: "Work", done: "Done", timeout_s: float, kept: "tuple[int, ...]" = ()
-) -> None:
+def start_worker(poller: "Poller", work: "Work", done: "Done", timeout_s: float, kept: "tuple[int, ...]" = ()) -> None:
     """Fork a child that works.
 
     Args:
@@ -57,10 +55,13 @@ def start_worker(
         kept: fds that it needs. No other stays open in it: a client or a path that the supervisor lets go of must not live on
             in a worker that takes long.
     """
+    ends: "tuple[Socket, ...]" = ()
     try:
-        ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
+        ours, theirs = ends = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
         pid = os.fork()
     except OSError as err:
+        for end in ends:
+            end.close()
         failed = Failed(f"no process can be had for it: {err.strerror}")
         poller.call_later(0, lambda: done(failed, ()))
         return

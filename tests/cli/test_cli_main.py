@@ -147,7 +147,7 @@ def test_explain_says_what_the_settings_add_to_the_monitors(tmp_path: Path) -> N
     here = tmp_path.resolve()
     assert [row["what"].partition(" (")[0] for row in plan["monitors"][1:]] == [f"{here}/a", f"{here}/vm"]
     users = ", ".join(map(str, sorted({0, os.geteuid()})))
-    assert {row["clients"] for row in plan["monitors"][1:]} == {f"every command; uid {users} alone"}
+    assert {row["clients"] for row in plan["monitors"][1:]} == {f"every command; for uid {users} alone"}
     assert any(f"listens on {here}/raw" in row["what"] for row in plan["fds"])
     assert [row["what"] for row in plan["refused"]] == ["QMP socket /nowhere/s"]
     assert sorted(os.listdir(tmp_path)) == []
@@ -160,7 +160,7 @@ def test_explain_says_who_serves_which_monitor(tmp_path: Path) -> None:
     given = ["explain", "--qmp.monitor=name=compat_monitor0,access=read-only,users=7", "qemu-system-x86_64", *words]
     served = "the supervisor listens on q, and QEMU waits for the first client"
     notes = [
-        f"monitor {label}, which QEMU serves by itself: a path that is first named there is not in QEMU's view"
+        f"monitor {label}, which QEMU serves by itself: a path that is first named there is not in its view"
         for label in ("compat_monitor1: HMP", "compat_monitor2: QMP on a pty")
     ]
     done = qemu_userns(*given, cwd=tmp_path)
@@ -169,7 +169,7 @@ def test_explain_says_who_serves_which_monitor(tmp_path: Path) -> None:
     assert lines[lines.index("notes:") + 1 :][:2] == [f"  {note}" for note in notes]
     monitor = lines[lines.index("monitors:") + 1]
     assert f"QMP monitor compat_monitor0; {served}   why: -qmp   " in monitor
-    assert monitor.endswith("   clients: commands that change nothing; uid 7 alone")
+    assert monitor.endswith("   clients: commands that change nothing; for uid 7 alone")
     plan = json.loads(qemu_userns(given[0], "--json", *given[1:], cwd=tmp_path).stdout)
     assert [row["note"] for row in plan["notes"]] == notes
-    assert [row["clients"] for row in plan["monitors"]] == ["commands that change nothing; uid 7 alone"]
+    assert [row["clients"] for row in plan["monitors"]] == ["commands that change nothing; for uid 7 alone"]

@@ -198,12 +198,6 @@ def test_the_backing_file_of_a_disk_in_an_fdset_is_named() -> None:
             {"type": "vhost-user-blk", "addr": {"str": NAME, "type": "fd"}},
         ),
         (
-            "netdev_add",
-            {"type": "stream", "id": "n", "server": True, "addr": {"type": "unix", "path": "/x/new"}},
-            ["listen /x/new"],
-            {"type": "stream", "id": "n", "server": True, "addr": {"type": "fd", "str": NAME}},
-        ),
-        (
             "blockdev-add",
             {"driver": "nbd", "server": {"type": "unix", "path": "/x/sock-root"}},
             ["connect /x/sock-root"],

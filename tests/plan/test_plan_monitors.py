@@ -225,7 +225,7 @@ TLS = ("-object", "tls-creds-anon,id=t,endpoint=server")
 def test_a_note_says_which_and_what_that_means(words: tuple[str, ...], labels: dict[str, str]) -> None:
     plan = plan_of(*words)
     assert list(plan.notes) == [
-        f"monitor {label}: {what}, which QEMU serves by itself: a path that is first named there is not in QEMU's view"
+        f"monitor {label}: {what}, which QEMU serves by itself: a path that is first named there is not in its view"
         for label, what in labels.items()
     ]
     assert describe_plan(plan)["notes"] == [{"note": note} for note in plan.notes]
@@ -241,6 +241,7 @@ def test_passthrough_is_a_monitor_of_qemus_own() -> None:
     (listen,) = [grant for grant in plan.grants if isinstance(grant, Listen)]
     assert listen.path == "/x/new-raw"
     (config,) = configs(plan)
+    assert [note.partition(",")[0] for note in plan.notes] == ["monitor qemu-userns-passthrough: passthrough"]
     assert config.startswith(f'[chardev "qemu-userns-passthrough"]\n  backend = "socket"\n  fd = "{listen.number}"\n')
     assert [grant.label for grant in plan.grants if isinstance(grant, Monitor)] == ["compat_monitor0"]
 
@@ -258,7 +259,9 @@ def test_a_monitor_may_ask_for_a_program(settings: Settings) -> None:
     [
         (Rights(), "every command"),
         (LOOK, "commands that change nothing"),
-        (Rights(allow=("a", "b"), deny=("c",), users=(0, 7)), "only a, b; not c; uid 0, 7 alone"),
+        (Rights(READ_ONLY, ("a",), ("b",)), "commands that change nothing, only a but not b"),
+        (Rights(deny=("quit", "system_*")), "every command but not quit, system_*"),
+        (Rights(allow=("a", "b"), deny=("c",), users=(0, 7)), "only a, b but not c; for uid 0, 7 alone"),
     ],
 )
 def test_rights_are_said(rights: Rights, text: str) -> None:
@@ -266,7 +269,7 @@ def test_rights_are_said(rights: Rights, text: str) -> None:
     rules = Settings(sockets=(SocketRights("/x/new-ours", rights),), monitors=(MonitorRights("*", rights),))
     monitor, socket = describe_plan(plan_of(*PLAIN, settings=rules))["monitors"]
     assert monitor["clients"] == text
-    assert socket["what"] == "/x/new-ours (mode 0600), where the supervisor serves QMP monitor compat_monitor0 too"
+    assert socket["what"] == "/x/new-ours (mode 0600), where the supervisor serves QMP monitor compat_monitor0"
     assert socket["clients"].startswith(text)
 
 

@@ -22,6 +22,7 @@ def find_denied(policy: Policy, name: str, **arguments: object) -> str | None:
         (READ_ONLY, "qmp_capabilities", None),
         (READ_ONLY, "qom-get", None),
         (READ_ONLY, "qom-set", "qom-set"),
+        (READ_ONLY, "qom-list-get", "qom-list-get"),
         (READ_ONLY, "quit", "quit"),
         (READ_ONLY, "ringbuf-read", "ringbuf-read"),
         (READ_ONLY, "transaction", "transaction"),
@@ -41,6 +42,12 @@ def find_denied(policy: Policy, name: str, **arguments: object) -> str | None:
 def test_commands(policy: Policy, name: str, denied: str | None) -> None:
     assert find_denied(policy, name) == denied
     assert policy.restricted
+
+
+def test_looking_shows_no_secret() -> None:
+    assert find_denied(READ_ONLY, "qom-get", path="/objects/s", property="data") == "qom-get"
+    assert find_denied(READ_ONLY, "qom-get", path="/objects/s", property="type") is None
+    assert find_denied(Policy(allow=frozenset(["qom-get"])), "qom-get", path="/objects/s", property="data") is None
 
 
 def test_full_rights_are_not_looked_at() -> None:

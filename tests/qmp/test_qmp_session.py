@@ -162,6 +162,18 @@ def test_commands_of_a_restricted_client_are_printed_anew() -> None:
     assert session.receive_client(1, b"{'id':5,'execute':'query-name'}", ()) == [SendQemu(b'{"execute": "query-name", "id": 5}')]
 
 
+def test_out_of_band_commands_that_wait_for_the_negotiation_are_looked_at_too() -> None:
+    session = start()
+    session.open_client(1, Policy(read_only=True))
+    caps = b'{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}'
+    assert session.receive_client(1, caps + b"{'exec-oob': 'yank'}{'exec-oob': 'query-yank'}", ()) == [SendQemu(caps)]
+    denied = error("The command yank is not allowed for this client", "CommandNotFound")
+    assert session.receive_qemu(NEGOTIATED)[1:] == [
+        SendClient(1, denied),
+        SendQemu(b'{"exec-oob": "query-yank", "id": "token-2"}'),
+    ]
+
+
 def test_fds_go_with_their_command() -> None:
     session = start(1, 2)
     assert session.receive_client(1, b" ", (10, 11)) == [CloseFds((11,))]
