@@ -552,10 +552,7 @@ def test_mode_and_owner_are_plain_qemus(dropin: list[str], shared_tmp: Path, uma
     assert found[0] == found[1]
 
 
-LINK = pytest.mark.xfail(reason="the target of the symlink goes instead of the symlink, and bind(2) fails", strict=True)
-
-
-@pytest.mark.parametrize("what", ["file", "socket", pytest.param("link", marks=LINK), "directory"])
+@pytest.mark.parametrize("what", ["file", "socket", "link", "directory"])
 def test_what_is_at_the_path_already(dropin: list[str], shared_tmp: Path, what: str) -> None:
     seen = []
     for number, words in enumerate((PLAIN, dropin)):

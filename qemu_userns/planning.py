@@ -3,6 +3,7 @@
 from qemu_userns.catalogue.needs import find_needs
 from qemu_userns.host.facts import look_at_host
 from qemu_userns.plan.build import Program, Settings, build_plan
+from qemu_userns.plan.facts import directory_of
 from qemu_userns.plan.rights import expand_path
 
 TYPE_CHECKING = False
@@ -34,9 +35,10 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
 
 
 def _places(config: "Config", commandline: "CommandLine") -> "list[str]":
-    """Return where the settings want sockets."""
+    """Return where the settings want sockets, and the directories of these."""
     paths = (*(socket.path for socket in config.sockets), *filter(None, (config.passthrough,)))
-    return [place for path in paths if (place := expand_path(path, commandline.objects)) is not None]
+    places = [place for path in paths if (place := expand_path(path, commandline.objects)) is not None]
+    return [*map(directory_of, places), *places]
 
 
 def _module_dirs(environ: "Mapping[str, str]") -> "list[str]":

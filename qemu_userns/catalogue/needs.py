@@ -1,6 +1,7 @@
 """Read the objects of a command line with the catalogue: what they need of the host. Pure."""
 
 from qemu_userns.catalogue import ways
+from qemu_userns.catalogue.buses import find_pci_directory, find_usb_node
 from qemu_userns.catalogue.images import NamedPath, find_paths
 from qemu_userns.catalogue.rows import ANY_ENTRY, ROWS, Row
 from qemu_userns.cmdline.chardev import LegacyChardev, parse_legacy
@@ -115,7 +116,7 @@ def find_object_needs(obj: Object, table: "Table" = _TABLE) -> "Iterator[Need]":
         row = find_row(obj, key, table)
         member = obj.find(key)
         if row is not None and member is not None:
-            yield from _expand(Need(row.way, member.value, obj, member, row))
+            yield from _expand(Need(row.way, row.node or member.value, obj, member, row))
 
 
 def _expand(need: Need) -> "Iterator[Need]":
@@ -144,6 +145,14 @@ def _expand(need: Need) -> "Iterator[Need]":
             yield from _expand_address(need)
         case ways.CHARDEV:
             yield from _expand_chardev(need)
+        case ways.USB:
+            path = find_usb_node(need.obj)
+            if path is not None:
+                yield need.replace(path=path)
+        case ways.VFIO if need.member is not None and need.member.key == "host":
+            path = find_pci_directory(need.path)
+            if path is not None:
+                yield need.replace(path=path)
         case _:
             if need.path:
                 yield need

@@ -24,6 +24,8 @@ class Row(Record):
     reason: str = ""  # of REFUSE and CONSUME
     hint: str = ""
     entries: "tuple[str, ...]" = ()  # of DIRECTORY: the names that QEMU looks for in it, or ANY_ENTRY
+    node: str = ""  # of OPEN: the device node
+    fd_key: str = ""  # of OPEN: the member by which QEMU takes an fd of it
 
 
 def _with_values(kinds: str, way: str) -> "tuple[Row, ...]":
@@ -56,6 +58,20 @@ _CREDENTIALS = (
     ("tls-creds-psk", _AS_CLIENT, ("keys.psk",)),
     ("tls-creds-anon", _AS_SERVER, ("dh-params.pem",)),
 )
+
+
+
+def _open_for(kind: str, key: str, names: "tuple[str, ...]", node: str, fd_key: str) -> Row:
+    """Make the row of objects that open a device node unless an fd is given."""
+    return Row(kind, key, ways.OPEN, ((key, names), (fd_key, ("",))), node=node, fd_key=fd_key)
+
+
+def _with_buses(name: str) -> "tuple[str, ...]":
+    """Return the names of a virtio device on each bus."""
+    return tuple(f"{name}-{bus}" for bus in ("pci", "pci-non-transitional", "pci-transitional", "ccw", "device"))
+
+
+_VFIO_PCI = ("vfio-pci", "vfio-pci-nohotplug")
 
 ROWS: "tuple[Row, ...]" = (
     # Kernels, firmware and tables
@@ -171,6 +187,13 @@ ROWS: "tuple[Row, ...]" = (
     # Devices
     Row("tpmdev", "path", ways.DEVICE),
     Row("tpmdev", "cancel-path", ways.WRITE),
+    _open_for("device", "driver", _with_buses("vhost-vsock"), "/dev/vhost-vsock", "vhostfd"),
+    _open_for("device", "driver", _with_buses("vhost-scsi"), "/dev/vhost-scsi", "vhostfd"),
+    _open_for("object", "qom-type", ("iommufd",), "/dev/iommu", "fd"),
+    Row("device", "hostdevice", ways.DEVICE, (("driver", ("usb-host",)),)),
+    Row("device", "driver", ways.USB, (("driver", ("usb-host",)), ("hostdevice", ("",)))),
+    Row("device", "host", ways.VFIO, (("driver", _VFIO_PCI), ("sysfsdev", ("",)), ("fd", ("",)))),
+    Row("device", "sysfsdev", ways.VFIO, (("fd", ("",)),)),
     Row("enable-kvm", "", ways.KVM),
     Row("accel", "accel", ways.KVM),
     Row("machine", "accel", ways.KVM),

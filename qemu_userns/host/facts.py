@@ -83,6 +83,10 @@ def _candidates(need: "Need") -> "tuple[str, ...]":
         return (directory_of(need.path), need.path)
     if need.way == ways.READ_MODULES:
         return (*(module.partition(" ")[0] for module in need.path.split(",")), need.path)
+    if need.way == ways.VFIO:
+        from qemu_userns.host.vfio import find_nodes
+
+        return (f"{need.path}/subsystem", *find_nodes(need.path), need.path)
     return (need.path,)
 
 
@@ -97,6 +101,10 @@ def _look_closer(need: "Need", fact: PathFact, paths: "dict[str, PathFact]") -> 
         paths[need.path] = fact.replace(xattrs=_probe_xattrs(fact.real))
     elif need.way == ways.PIDFILE and fact.kind == REGULAR and fact.fd is None:
         paths[need.path] = fact.replace(locked=_probe_lock(fact.real))
+    elif need.way == ways.VFIO and fact.error is None and fact.kind == DIRECTORY:
+        from qemu_userns.host.vfio import look_at_vfio
+
+        paths[need.path] = fact.replace(vfio=look_at_vfio(fact.real))
 
 
 def _find_entries(directory: str, caller: "Caller", identity: "Identity") -> "tuple[str, ...]":

@@ -42,3 +42,4 @@ PRIVATE = (("/tmp", 0o1777), ("/run", 0o755), ("/var/tmp", 0o1777), ("/dev/shm",
 
 PTMX = "/dev/ptmx"
 KVM = "/dev/kvm"
+VFIO_CONTAINER = "/dev/vfio/vfio"

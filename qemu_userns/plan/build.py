@@ -5,10 +5,11 @@ from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.cmdline.source import apply_edits, drop
 from qemu_userns.cmdline.table import BUILTIN
 from qemu_userns.plan.base import BASE, LINKS, PRIVATE, PTMX
+from qemu_userns.plan.devices import add_kvm
 from qemu_userns.plan.draft import Draft
 from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, LANDLOCK_ABI_WITH_SCOPES
 from qemu_userns.plan.grants import READ, Bind, Consume, Copy, CreateDir, Link, Listen, Monitor, Private, QmpSocket, Reserved
-from qemu_userns.plan.handover import add_kvm, hand_over
+from qemu_userns.plan.handover import hand_over
 from qemu_userns.plan.monitors import serve_monitors
 from qemu_userns.plan.plan import NO_HOST, WHOLE_HOST, Confinement, Plan, Rewrite
 from qemu_userns.record import Record

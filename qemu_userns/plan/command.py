@@ -10,7 +10,7 @@ from qemu_userns.catalogue.commands import find_hmp_line
 from qemu_userns.cmdline.hmp import parse_hmp
 from qemu_userns.cmdline.json import parse_json
 from qemu_userns.cmdline.objects import CommandLine
-from qemu_userns.cmdline.source import Edit, apply_edits, remove, replace
+from qemu_userns.cmdline.source import Edit, append, apply_edits, remove, replace
 from qemu_userns.errors import CommandLineError
 from qemu_userns.plan.draft import Draft
 from qemu_userns.plan.facts import ABSENT, MISSING
@@ -68,11 +68,17 @@ class CommandPlan(Record):
 
     def find_fdsets(self) -> "tuple[tuple[int, int, str], ...]":
         """Return fdset, number of the fd, and what query-fdsets shall call it, of each file that is passed."""
-        return tuple((grant.fdset, grant.number, grant.given) for grant in self.grants if isinstance(grant, OpenFd))
+        opened = (grant for grant in self.grants if isinstance(grant, OpenFd))
+        return tuple((grant.fdset, grant.number, grant.given) for grant in opened if grant.fdset is not None)
 
     def find_names(self) -> "tuple[tuple[str, int], ...]":
-        """Return getfd name and number of the fd of each socket that is passed."""
-        numbers = [grant.number for grant in self.grants if isinstance(grant, Connect | Listen | Run)]
+        """Return getfd name and number of the fd of each socket and device that is passed."""
+        sockets = (Connect, Listen, Run)
+        numbers = [
+            grant.number
+            for grant in self.grants
+            if isinstance(grant, sockets) or (isinstance(grant, OpenFd) and grant.fdset is None)
+        ]
         return tuple((_name(self.first_number, number), number) for number in numbers)
 
 
@@ -121,6 +127,14 @@ class CommandDraft(Draft):
     def pass_file(self, grant: OpenFd) -> None:
         """Add a file to its fdset."""
         self.add(grant)
+
+    def pass_node(self, need: "Need", grant: OpenFd) -> bool:
+        """Name the fd by its name, for which HMP has no place (contracts/qemu.md 2.2)."""
+        if need.member is None or need.member.source:
+            return False
+        name = _name(self._first_number, grant.number)
+        self.edits.append(append(need.obj, need.row.fd_key, name, f"{grant.path} is opened outside and passed as {name}"))
+        return True
 
     def takes_fd(self, need: "Need") -> bool:
         """Say whether the command has a place for a socket by its name; HMP has no names (contracts/qemu.md 2.2)."""

@@ -1,7 +1,7 @@
 """A plan in the making: what the handovers add to, in the order of the command line. Pure."""
 
 from qemu_userns.cmdline.source import append, remove, replace
-from qemu_userns.plan.facts import ABSENT, DIRECTORY
+from qemu_userns.plan.facts import ABSENT, DIRECTORY, MISSING, directory_of
 from qemu_userns.plan.grants import OWN_FDSET_BASE, READ, SEARCH, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
 from qemu_userns.plan.layout import is_below
 from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST, WHOLE_HOST
@@ -106,6 +106,12 @@ class Draft:
         self.add(grant)
         self.words += ("-add-fd", f"fd={grant.number},set={grant.fdset},opaque={grant.given.replace(',', ',,')}")
 
+    def pass_node(self, need: "Need", grant: "OpenFd") -> bool:
+        """Name the fd of a device node that is opened outside; return whether there is a place for it."""
+        why = f"{grant.path} is opened outside and passed as fd {grant.number}"
+        self.edits.append(append(need.obj, need.row.fd_key, str(grant.number), why))
+        return True
+
     def takes_fd(self, need: "Need") -> bool:
         """Say whether a socket can be passed instead of its path: a chardev's, but vhost-user network backends refuse such."""
         users = (obj for obj in self.objects if obj.kind == "netdev" and obj.get("type") == "vhost-user")
@@ -127,6 +133,17 @@ class Draft:
     def path(self, path: str) -> "PathFact":
         """Return the fact of a path."""
         return self.facts.paths[path]
+
+    def find_entry(self, path: str) -> "tuple[str, str | None]":
+        """Return where a new socket lies, and why the caller cannot make it there.
+
+        A symlink at the path itself is replaced, as QEMU does, not followed.
+        """
+        directory = self.path(directory_of(path))
+        error = directory.error or (None if directory.kind != ABSENT else MISSING)
+        if error is None and not directory.writable:
+            error = "Permission denied"
+        return f"{directory.real.rstrip('/')}/{path.rpartition('/')[2]}", error
 
     def may(self, fact: "PathFact", want: int) -> bool:
         """Say whether QEMU may open an existing file with its own rights; `want` as in Identity.may."""

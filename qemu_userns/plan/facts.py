@@ -26,6 +26,15 @@ def directory_of(path: str) -> str:
     return head.rstrip("/") or ("/" if head else ".")
 
 
+class VfioFact(Record):
+    """What /sys says of a device that is to be given to a guest."""
+
+    group: str  # the node of its iommu group, "" without one
+    cdev: str  # its own node, "" where the kernel has none
+    driver: str  # "" if none drives it
+    mediated: bool  # a part of a device (mdev)
+
+
 class PathFact(Record):
     """What a path leads to, as the caller sees it."""
 
@@ -46,6 +55,7 @@ class PathFact(Record):
     xattrs: bool = True  # whether user.* attributes can be set (looked up for 9p shares only)
     fd: "int | None" = None  # /dev/fd/N and /proc/self/fd/N: the number
     locked: bool = False  # somebody holds a lock on the file (looked up for -pidfile only)
+    vfio: "VfioFact | None" = None  # looked up for vfio devices only
     entries: "tuple[str, ...]" = ()  # names in a directory that its own bind does not serve (where the row has entries)
 
 

@@ -133,19 +133,20 @@ class Reserved(Grant):
 
 
 class OpenFd(Grant):
-    """A file opened outside with the caller's rights and passed to QEMU in an fdset."""
+    """A file or device node opened outside with the caller's rights."""
 
     path: str
     given: str  # the path as the caller spells it, which query-fdsets shows
     flags: int
     number: int
-    fdset: int
+    fdset: "int | None"  # that it is passed in; None: by its number, or by name
     inode: "tuple[int, int]"
+    device: "int | None" = None  # st_rdev of a character device; None: a regular file
 
     def describe(self) -> str:
         """Say what it is open on."""
         access = ("read-only", "write-only", "read-write")[self.flags & 3]
-        return f"fd {self.number}: {self.path}, {access}, in /dev/fdset/{self.fdset}"
+        return f"fd {self.number}: {self.path}, {access}" + ("" if self.fdset is None else f", in /dev/fdset/{self.fdset}")
 
 
 class Listen(Grant):

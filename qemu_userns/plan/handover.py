@@ -5,11 +5,10 @@ Path first: a file that QEMU may open with its own rights is shown at its path. 
 
 from qemu_userns.catalogue import ways
 from qemu_userns.cmdline.source import drop, remove
-from qemu_userns.plan import images
-from qemu_userns.plan.base import KVM
+from qemu_userns.plan import devices, images
 from qemu_userns.plan.draft import is_shown
-from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, DIRECTORY, MISSING, REGULAR, SOCKET, directory_of
-from qemu_userns.plan.grants import READ, SEARCH, WRITE, Connect, Consume, Create, Listen, Node, Reserved
+from qemu_userns.plan.facts import ABSENT, DIRECTORY, MISSING, REGULAR, SOCKET, directory_of
+from qemu_userns.plan.grants import READ, SEARCH, WRITE, Connect, Consume, Create, Listen, Reserved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def _write(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     if need.obj.kind == "D" and "%d" in need.path:  # QEMU's pid is not known before it runs, with -daemonize not even then
         _made(draft, need, commandline)
     elif fact.kind not in (ABSENT, REGULAR, DIRECTORY):
-        _device(draft, need, commandline)
+        devices.show_node(draft, need, commandline)
     elif fact.kind == REGULAR and draft.may(fact, WRITE):
         draft.bind(fact, True, need.describe())
     elif need.way == ways.APPEND and fact.kind == REGULAR:
@@ -236,50 +235,19 @@ def _listen(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     if not draft.takes_fd(need):
         _made(draft, need, commandline)
         return
-    fact = draft.path(need.path)
-    if fact.error is not None or not fact.parent_writable:
-        draft.refuse(f"{need.describe()} {need.path}", fact.error or "Permission denied", "the caller cannot make a socket there")
+    real, error = draft.find_entry(need.path)
+    if error is not None:
+        draft.refuse(f"{need.describe()} {need.path}", error, "the caller cannot make a socket there")
         return
     number = draft.next_fd()
-    draft.add(Listen(need.describe(), fact.real, need.path, number))
+    draft.add(Listen(need.describe(), real, need.path, number))
     draft.pass_socket(need, number)
 
 
 def _pipe(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     ends = [path for path in (f"{need.path}.in", f"{need.path}.out") if draft.path(path).kind != ABSENT]
     for path in ends or [need.path]:
-        _device(draft, need.replace(path=path), commandline)
-
-
-def _device(draft: "Draft", need: "Need", _: "CommandLine") -> None:
-    """Show a device node or FIFO; one that only root may open is made anew for QEMU's id."""
-    fact = draft.path(need.path)
-    want = READ if need.obj.kind == "object" else WRITE
-    if not draft.check(need, fact, want):
-        return
-    if draft.facts.caller.root and fact.kind in (CHARACTER, BLOCK) and not draft.may(fact, READ | WRITE):
-        draft.way_to(fact, need.describe())
-        draft.add(Node(need.describe(), fact.real, fact.device, fact.kind == BLOCK))
-    elif draft.facts.caller.root and not draft.may(fact, want):
-        draft.refuse_access(need, "open it")
-    else:
-        draft.bind(fact, want == WRITE or fact.kind != REGULAR, need.describe(), device=fact.kind in (CHARACTER, BLOCK))
-
-
-def _kvm(draft: "Draft", need: "Need", _: "CommandLine") -> None:
-    add_kvm(draft, need.describe())
-
-
-def add_kvm(draft: "Draft", why: str) -> None:
-    """Show /dev/kvm as the caller would open it; where it may not, QEMU says so, or goes on to the next accelerator."""
-    fact = draft.path(KVM)
-    if fact.kind != CHARACTER:
-        return
-    if draft.facts.caller.root and not draft.may(fact, READ | WRITE):
-        draft.way_to(fact, why)
-        draft.add(Node(why, fact.real, fact.device, block=False))
-    else:
-        draft.bind(fact, True, why, device=True)
+        devices.show_node(draft, need.replace(path=path), commandline)
 
 
 def _fd(draft: "Draft", need: "Need", _: "CommandLine") -> None:
@@ -330,12 +298,15 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.SOCKET: _socket,
     ways.LISTEN: _listen,
     ways.PIPE: _pipe,
-    ways.DEVICE: _device,
+    ways.DEVICE: devices.show_node,
+    ways.OPEN: devices.open_node,
+    ways.USB: devices.show_usb,
+    ways.VFIO: devices.show_vfio,
     ways.FD: _fd,
     ways.NAME: _name,
     ways.RUN: _run,
     ways.CONFIG: _config,
-    ways.KVM: _kvm,
+    ways.KVM: devices.show_kvm,
     ways.CONSUME: _consume,
     ways.REFUSE: _refuse,
 }

@@ -120,14 +120,15 @@ def _find_place(draft: "Draft", what: str, path: str) -> "tuple[str, str] | None
         return None
     fact = draft.path(given)
     taken = [grant.path for grant in draft.grants if isinstance(grant, Listen | Monitor | QmpSocket)]
-    if fact.error is not None or not fact.parent_writable:
-        draft.refuse(f"{what} {given}", fact.error or "Permission denied", "the caller cannot make a socket there")
+    real, error = draft.find_entry(given)
+    if error is not None:
+        draft.refuse(f"{what} {given}", error, "the caller cannot make a socket there")
     elif fact.kind not in (ABSENT, SOCKET):
         draft.refuse(f"{what} {given}", f"there is a {fact.kind}", "name a path where nothing is, or an old socket")
-    elif fact.real in taken:
+    elif real in taken:
         draft.refuse(f"{what} {given}", "another socket of this VM has this path", "name another one")
     else:
-        return given, fact.real
+        return given, real
     return None
 
 
@@ -181,7 +182,7 @@ def _build_grant(draft: "Draft", device: "MonitorDevice") -> "Monitor | None":
 
 def _check_path(draft: "Draft", grant: Monitor) -> "Monitor | None":
     """Return the grant with the real path of a socket, None where the caller cannot make the one to be listened on."""
-    fact = draft.path(grant.given)
-    if grant.listens and (fact.error is not None or not fact.parent_writable):
-        return None
-    return grant.replace(path=fact.real)
+    if not grant.listens:
+        return grant.replace(path=draft.path(grant.given).real)
+    real, error = draft.find_entry(grant.given)
+    return grant.replace(path=real) if error is None else None

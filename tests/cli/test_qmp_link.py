@@ -245,4 +245,4 @@ def test_ps_shows_no_control_characters(vms: Path, capsys: pytest.CaptureFixture
     assert ps(as_json=False) == 0
     titles, row = capsys.readouterr().out.splitlines()
     assert titles.split() == ["PID", "NAME", "UUID", "QEMU", "UID", "MONITORS"]
-    assert row.split() == [str(os.getpid()), "a\\nb\\x1b", "u", "9.2.0", "1000", "-", "(no", "supervisor:", "qemu-userns", "adopt)"]
+    assert row.split() == [str(os.getpid()), "a\\nb\\x1b", "u", "9.2.0", "1000", "(no", "supervisor:", "qemu-userns", "adopt)"]

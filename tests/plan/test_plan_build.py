@@ -176,7 +176,7 @@ def test_an_image_that_is_not_there_is_qemus_to_complain_about() -> None:
         ),
         (("-pidfile", "/x/dir"), "-pidfile /x/dir: Is a directory"),
         (("-D", "/x-root/new-root"), "-D /x-root/new-root: Permission denied"),
-        (("-chardev", "socket,id=c,path=/x/new-root,server=on"), "-chardev path /x/new-root: Permission denied"),
+        (("-chardev", "socket,id=c,path=/x-root/new,server=on"), "-chardev path /x-root/new: Permission denied"),
         (("-readconfig", "/x/new"), "-readconfig /x/new: No such file or directory"),
     ],
 )

@@ -1,0 +1,37 @@
+"""Look at a device that vfio gives to a guest, in /sys."""
+
+import os
+
+from qemu_userns.plan.base import VFIO_CONTAINER
+from qemu_userns.plan.facts import VfioFact
+
+_MEDIATED_BUS = "/sys/bus/mdev"
+
+
+def look_at_vfio(directory: str) -> VfioFact:
+    """Return what the directory of a device says; the kernel's Documentation/driver-api/vfio.rst."""
+    group = _read_link(f"{directory}/iommu_group")
+    try:
+        own = os.listdir(f"{directory}/vfio-dev")
+    except OSError:
+        own = []
+    return VfioFact(
+        f"/dev/vfio/{group}" if group else "",
+        f"/dev/vfio/devices/{own[0]}" if own else "",
+        _read_link(f"{directory}/driver"),
+        os.path.realpath(f"{directory}/subsystem") == _MEDIATED_BUS,
+    )
+
+
+def find_nodes(directory: str) -> "tuple[str, ...]":
+    """Return the nodes by which a device may be had."""
+    found = look_at_vfio(directory)
+    return tuple(path for path in (VFIO_CONTAINER, found.group, found.cdev) if path)
+
+
+def _read_link(path: str) -> str:
+    """Return the name of what a link of /sys leads to, "" if there is none."""
+    try:
+        return os.path.basename(os.readlink(path))
+    except OSError:
+        return ""
