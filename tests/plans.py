@@ -27,6 +27,7 @@ from qemu_userns.plan.facts import (
     HostFacts,
     ImageFact,
     PathFact,
+    VfioFact,
 )
 from qemu_userns.plan.grants import (
     Bind,
@@ -66,6 +67,10 @@ KINDS = {
     "ptmx": (CHARACTER, stat.S_IFCHR | 0o666),
     "block": (BLOCK, stat.S_IFBLK | 0o660),
     "fifo": (FIFO, stat.S_IFIFO | 0o644),
+    "vhost": (CHARACTER, stat.S_IFCHR | 0o660),
+    "iommu": (CHARACTER, stat.S_IFCHR | 0o660),
+    "vfio": (CHARACTER, stat.S_IFCHR | 0o666),
+    "0": (CHARACTER, stat.S_IFCHR | 0o664),  # of a USB device, and of an iommu group
 }
 USER = Identity(UID, UID, (UID,), False, NEWIDMAP, (MapEntry(0, UID, 1),), (MapEntry(0, UID, 1),), "the caller")
 LEASED = Identity(600_000, 600_000, (), True, DIRECT, (MapEntry(0, 600_000, 65536),), (MapEntry(0, 600_000, 65536),), "leased")
@@ -109,8 +114,15 @@ def make_fact(path: str, root: bool = False) -> PathFact:
         inode=inode,
         readable=may,
         writable=may,
+        vfio=make_vfio(name) if real.startswith("/sys/") else None,
         parent_writable=root or owner != 0,
     )
+
+
+def make_vfio(name: str) -> VfioFact:
+    """Return what /sys says of a device, by its name: alone (in no group), other (another driver has it), mdev."""
+    group, cdev = ("", "") if "alone" in name else ("/dev/vfio/01-root", "/dev/vfio/devices/vfio0-root")
+    return VfioFact(group, cdev, "other" if "other" in name else "vfio-pci", "mdev" in name)
 
 
 def read(*words: str, configs: Mapping[int, str] | None = None) -> CommandLine:
@@ -178,7 +190,7 @@ def brief(grant: Grant) -> str:
         case KeepFd():
             return f"fd {grant.number}" + (" reopened" if grant.reopened else "")
         case OpenFd():
-            return f"open {grant.path} {('r', 'w', 'rw')[grant.flags & 3]}"
+            return f"open {grant.path} {('r', 'w', 'rw')[grant.flags & 3]}" + ("" if grant.fdset else " alone")
         case Consume():
             return "consume"
         case Refuse():

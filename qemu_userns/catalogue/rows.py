@@ -60,7 +60,6 @@ _CREDENTIALS = (
 )
 
 
-
 def _open_for(kind: str, key: str, names: "tuple[str, ...]", node: str, fd_key: str) -> Row:
     """Make the row of objects that open a device node unless an fd is given."""
     return Row(kind, key, ways.OPEN, ((key, names), (fd_key, ("",))), node=node, fd_key=fd_key)

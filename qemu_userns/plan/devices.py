@@ -82,7 +82,10 @@ def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         subsystem = draft.path(f"{need.path}/subsystem")
         draft.bind(subsystem, False, need.describe())  # QEMU asks whether it leads to /sys/bus/mdev
     for path in nodes:
-        show_node(draft, need.replace(path=path), commandline)
+        if draft.path(path).kind == ABSENT:
+            draft.refuse(f"{need.describe()} {path}", draft.path(path).error or MISSING, "is the module vfio-pci loaded?")
+        else:
+            show_node(draft, need.replace(path=path), commandline)
 
 
 def _choose_nodes(need: "Need", vfio: "VfioFact") -> "tuple[str, ...]":

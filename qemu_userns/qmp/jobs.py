@@ -240,12 +240,13 @@ def hand_over(shared: "Shared", opening: "Opening", prepared: "Prepared") -> "Jo
         owner, shared.awaited = shared.awaited, None
         if reply.kind == "return":
             shared.conclude(client, opening.command, opening.names)
+            if owner is not None:
+                # Written down before the client knows, so that a supervisor that is killed then has forgotten nothing.
+                shared.handed = 0
+                shared.keep(owner, prepared)
             shared.tell(client, reply.line)
             if owner is None:
                 yield from _undo(shared, prepared, done, failed=False)
-            else:
-                shared.handed = 0
-                shared.keep(owner, prepared)
             return
         shared.tell(client, restore_names(reply.line, opening.renamed))
     yield from _undo(shared, prepared, done, failed=True)

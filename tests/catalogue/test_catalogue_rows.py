@@ -13,6 +13,8 @@ from tests.plans import asked_for, plan_of, read
 
 RO, RW, DIR_RO, DIR_RW = "ro /x/file", "rw /x/file", "ro /x/dir", "rw /x/dir"
 NEW = "create /x/new"
+NO_SYS = "refuse: QEMU would look for the USB device in /sys, which its view does not show"
+VFIO = ("device /dev/vfio/vfio", "device /dev/vfio/01-root")
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,37 @@ CASES = [
     # Devices
     case("-tpmdev passthrough,id=t,path=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
     case("-tpmdev passthrough,id=t,cancel-path=/x/file", ways.WRITE, "/x/file", RW),
+    *[
+        case(f"-device vhost-{kind}-{bus}", ways.OPEN, f"/dev/vhost-{kind}", f"open /dev/vhost-{kind} rw alone")
+        for kind in ("vsock", "scsi")
+        for bus in ("pci", "pci-non-transitional", "ccw", "device")
+    ],
+    case('-device {"driver":"vhost-vsock-pci"}', ways.OPEN, "/dev/vhost-vsock", "open /dev/vhost-vsock rw alone"),
+    case("-device vhost-vsock-pci,vhostfd=9", ways.FD, "9", "fd 9", fds=(9,)),
+    Case(("-device", "vhost-user-vsock-pci,chardev=c"), (), ()),
+    case("-object iommufd,id=i", ways.OPEN, "/dev/iommu", "open /dev/iommu rw alone"),
+    case("-object iommufd,id=i,fd=9", ways.FD, "9", "fd 9", fds=(9,)),
+    case("-device usb-host,hostdevice=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
+    Case(("-device", "usb-host,hostdevice=/dev/fdset/0"), (), ()),
+    case("-device usb-host,hostbus=1,hostaddr=0x1f", ways.USB, "/dev/bus/usb/001/031", "device /dev/bus/usb/001/031"),
+    *[
+        case(f"-device usb-host,{members}", ways.USB, "/dev/bus/usb", NO_SYS)
+        for members in ("hostbus=1", "vendorid=0x46f4,productid=1", "hostbus=1,hostport=2.1", "hostbus=1,hostaddr=2,vendorid=7")
+    ],
+    Case(("-device", "usb-host"), (), ()),
+    *[
+        case(
+            f"-device vfio-pci,host={host}",
+            ways.VFIO,
+            f"/sys/bus/pci/devices/{device}",
+            f"ro /sys/bus/pci/devices/{device}",
+            *VFIO,
+        )
+        for host, device in (("0001:0a:1f.7", "0001:0a:1f.7"), ("2:0.0", "0000:02:00.0"))
+    ],
+    *[Case(("-device", f"vfio-pci,host={host}"), (), ()) for host in ("x", "0:1", "0:0:0:0.0", "1:.0", "1:2.")],
+    case("-device vfio-ap,sysfsdev=/sys/x/mdev", ways.VFIO, "/sys/x/mdev", "ro /sys/x/mdev", *VFIO),
+    case("-device vfio-pci,sysfsdev=/sys/x,fd=9", ways.FD, "9", "fd 9", fds=(9,)),
     case("-enable-kvm", ways.KVM, "", "device /dev/kvm"),
     case("-accel kvm", ways.KVM, "kvm", "device /dev/kvm"),
     case("-M accel=kvm:tcg", ways.KVM, "kvm:tcg", "device /dev/kvm"),

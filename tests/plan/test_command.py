@@ -236,6 +236,66 @@ def test_an_address_may_be_spelled_anyhow() -> None:
     assert f'"type":"fd","str":"{NAME}" , ' in plan_text("migrate", text).text
 
 
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "node", "key"),
+    [
+        ("device_add", {"driver": "vhost-vsock-pci", "guest-cid": 3}, "/dev/vhost-vsock", "vhostfd"),
+        ("device_add", {"guest-cid": 3, "driver": "vhost-vsock-ccw"}, "/dev/vhost-vsock", "vhostfd"),
+        ("object-add", {"qom-type": "iommufd", "id": "i"}, "/dev/iommu", "fd"),
+    ],
+)
+def test_a_device_node_is_passed_by_name(name: str, arguments: dict[str, Any], node: str, key: str) -> None:
+    for root in (True, False):
+        found = plan(name, arguments, root)
+        assert asked(found) == [f"open {node} rw alone"]
+        assert arguments_of(found) == {**arguments, key: NAME}
+        assert (found.find_fdsets(), found.find_names()) == ((), ((NAME, 0),))
+
+
+def test_hmp_has_no_names_so_the_node_is_shown() -> None:
+    arguments = {"command-line": "device_add vhost-vsock-pci,guest-cid=3"}
+    found = plan(HMP, arguments)
+    assert (asked(found), arguments_of(found), found.find_names()) == (["device /dev/vhost-vsock"], arguments, ())
+
+
+def test_a_usb_device_is_named_by_its_node() -> None:
+    after = {"driver": "usb-host", "id": "u", "hostdevice": "/dev/bus/usb/001/002"}
+    for arguments in (
+        {"driver": "usb-host", "hostbus": 1, "hostaddr": 2, "id": "u"},
+        {"hostaddr": 2, "hostbus": 1, "driver": "usb-host", "id": "u"},
+        {"driver": "usb-host", "id": "u", "hostaddr": 2, "hostbus": 1},
+    ):
+        found = plan("device_add", arguments)
+        assert (asked(found), arguments_of(found)) == (["device /dev/bus/usb/001/002"], after)
+    found = plan(HMP, {"command-line": "device_add usb-host,hostbus=1,hostaddr=2,id=u"})
+    assert arguments_of(found) == {"command-line": "device_add usb-host,id=u,hostdevice=/dev/bus/usb/001/002"}
+
+
+@pytest.mark.parametrize(
+    ("more", "grants"),
+    [
+        ({"sysfsdev": "/sys/x"}, ["ro /sys/x", "device /dev/vfio/vfio", "device /dev/vfio/01-root"]),
+        ({"sysfsdev": "/sys/x", "iommufd": "i"}, ["ro /sys/x", "device /dev/vfio/devices/vfio0-root"]),
+        ({"sysfsdev": "/sys/alone"}, ["ro /sys/alone"]),
+        ({"sysfsdev": "/nowhere"}, []),
+    ],
+)
+def test_the_nodes_of_vfio(more: dict[str, Any], grants: list[str]) -> None:
+    found = plan("device_add", {"driver": "vfio-pci", **more})
+    assert (asked(found), found.text) == (
+        grants,
+        json.dumps({"execute": "device_add", "arguments": arguments_of(found), "id": 1}),
+    )
+
+
+def test_of_a_mediated_device_its_bus_is_shown_too() -> None:
+    found = plan("device_add", {"driver": "vfio-pci", "sysfsdev": "/sys/x-mdev"})
+    assert asked(found)[:2] == ["ro /sys/x-mdev", "ro /sys/x-mdev/subsystem"]
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +304,12 @@ def test_an_address_may_be_spelled_anyhow() -> None:
     [
         ("blockdev-add", node("/x/file-deny"), "Could not open '/x/file-deny': Permission denied"),
         ("device_add", {"driver": "loader", "file": "/x/file-deny"}, "Could not open '/x/file-deny': Permission denied"),
+        (
+            "device_add",
+            {"driver": "vfio-pci", "sysfsdev": "/sys/other"},
+            "device_add sysfsdev /sys/other: the device is driven by other, not by vfio-pci (bind it: driverctl set-override other",
+        ),
+        ("device_add", {"driver": "usb-host", "vendorid": 1}, "device_add driver: QEMU would look for the USB device in /sys"),
         ("screendump", {"filename": "/x/dir"}, "screendump filename /x/dir: Is a directory"),
         ("screendump", {"filename": "/x-root/new-root"}, "screendump filename /x-root/new-root: Permission denied"),
         ("block-export-add", {"type": "fuse", "mountpoint": "/x"}, "block-export-add mountpoint: a FUSE export would be mounted"),

@@ -1,0 +1,216 @@
+"""Devices that QEMU opens by themselves: vhost-vsock, usb-host, vfio-pci, iommufd, at launch and by hot-plug, against plain QEMU.
+
+Few hosts have such devices. What this one lacks QEMU has to miss in its own words. As root, stand-ins have the devices' names in
+a /dev of the test's own: QEMU's first ioctl on them fails as plain QEMU's does, so it did get them, which its id could not open.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from integration.plugged import ROOT, Vm, compared, plugged
+from integration.shares import Launch, dropin_words, launches
+from integration.talk import PLAIN, wait_until
+from qemu_userns.linux import process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Compare = Callable[..., None]
+
+pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
+
+PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "32", "-S", "-device", "qemu-xhci,id=xhci"]
+LIMIT_S = 30
+VSOCK = "vhost-vsock-pci,guest-cid=5,id=d"
+PCI = next(iter(sorted(path.name for path in Path("/sys/bus/pci/devices").glob("*"))), "0000:00:00.0")
+NO_DEVICE = "0000:77:1f.0"
+GROUP = "7"
+USB_NODE = "/dev/bus/usb/001/002"
+STAND_INS = ("vhost-vsock", "vhost-scsi", "bus/usb/001/002", f"vfio/{GROUP}", "vfio/vfio")
+NEW_DEV = f"""
+set -e
+mount --make-rprivate /
+mount -t tmpfs -o mode=755 dev {{folder}}
+cp -a /dev/. {{folder}} 2>/dev/null || true
+mkdir -p {{folder}}/pts {{folder}}/shm {{folder}}/vfio {{folder}}/bus/usb/001
+mount --bind /dev/pts {{folder}}/pts
+mount --bind /dev/shm {{folder}}/shm
+for name in {" ".join(STAND_INS)}; do mknod -m 600 {{folder}}/$name c 1 3; done
+mount --move {{folder}} /dev
+"""
+
+
+@pytest.fixture(params=launches(), ids=str)
+def launch(request: pytest.FixtureRequest) -> Launch:
+    assert isinstance(request.param, Launch)
+    return request.param
+
+
+@pytest.fixture
+def compare(launch: Launch, shared_tmp: Path) -> Compare:
+    return lambda dialogue, **more: compared(shared_tmp, launch, dialogue, machine=PC, **more)
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Iterator[None]:
+    """Give this process a mount namespace of its own, whose /dev has stand-ins of root's alone."""
+    if not ROOT:
+        pytest.skip("makes device nodes")
+    cwd = Path.cwd()
+    before = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    process.unshare(process.CLONE_NEWNS)
+    try:
+        subprocess.run(["/bin/sh", "-c", NEW_DEV.format(folder=tmp_path)], check=True)
+        yield
+    finally:
+        process.setns(before, process.CLONE_NEWNS)
+        os.close(before)
+        os.chdir(cwd)
+
+
+@pytest.fixture
+def vfio_device(shared_tmp: Path) -> Path:
+    """Make what /sys has of a device that vfio-pci drives."""
+    folder = shared_tmp / "made-up"
+    folder.mkdir()
+    (folder / "iommu_group").symlink_to(f"../../groups/{GROUP}")
+    (folder / "driver").symlink_to("../../drivers/vfio-pci")
+    return folder
+
+
+def said(launch: Launch | None, *options: str) -> str:
+    """Return why QEMU does not start."""
+    words = [*(PLAIN if launch is None else dropin_words()), *PC, *options, *(launch.options if launch else ())]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False, stdin=subprocess.DEVNULL)
+    assert ended.returncode == 1, ended
+    return re.sub(r"^\S*qemu-system-\w+: ", "", ended.stderr, flags=re.MULTILINE)
+
+
+def added(driver: str, **more: object) -> Callable[[Vm], list[Any]]:
+    """Return a dialogue that plugs a device in twice, and sees what of it is left."""
+
+    def dialogue(vm: Vm) -> list[Any]:
+        answers = [vm.qmp.ask("device_add", driver=driver, id="d", **more) for _ in range(2)]
+        return [*answers, vm.qmp.execute("query-fdsets"), vm.qmp.hmp("info qtree").count("dev: ")]
+
+    return dialogue
+
+
+def in_hmp(words: str) -> Callable[[Vm], list[Any]]:
+    """Return the same in HMP, which has no error replies: what it got stays."""
+    return lambda vm: [vm.qmp.hmp(f"device_add {words}") for _ in range(2)]
+
+
+# --- what is not there --------------------------------------------------------------------------------------------------
+
+MISSING = [
+    *([VSOCK] if not Path("/dev/vhost-vsock").exists() else []),
+    "usb-host,hostbus=9,hostaddr=99",
+    "usb-host,hostdevice=/dev/null",
+    f"vfio-pci,host={NO_DEVICE}",
+    f"vfio-pci,host={NO_DEVICE.removeprefix('0000:')}",
+    "vfio-pci,host=nonsense",
+    "vfio-pci,sysfsdev=/nowhere",
+    *([f"vfio-pci,host={PCI}"] if not Path(f"/sys/bus/pci/devices/{PCI}/iommu_group").exists() else []),
+]
+
+
+@pytest.mark.parametrize("device", MISSING)
+def test_qemu_says_itself_what_is_missing(launch: Launch, device: str) -> None:
+    assert said(launch, "-device", device) == said(None, "-device", device)
+
+
+@pytest.mark.parametrize("device", [device for device in MISSING if "nonsense" not in device])
+def test_and_when_it_is_plugged_in(launch: Launch, shared_tmp: Path, device: str) -> None:
+    driver, *members = device.split(",")
+    named = dict(member.split("=") for member in members if not member.startswith("id="))
+    numbers = {name: int(value) if value.isdecimal() else value for name, value in named.items()}
+    dialogue = added(driver, **{name.replace("-", "_"): value for name, value in numbers.items()})
+    if driver != "usb-host":
+        compared(shared_tmp, launch, dialogue, machine=PC)
+        return
+    with plugged(shared_tmp / "plain", None, machine=PC) as plain, plugged(shared_tmp / "ours", launch, machine=PC) as ours:
+        assert dialogue(plain) == dialogue(ours)  # what libusb opens stays open
+
+
+def test_an_object_that_this_qemu_may_not_have(compare: Compare, launch: Launch) -> None:
+    if b"iommufd" in subprocess.run([*PLAIN, "-object", "help"], capture_output=True, check=True).stdout:
+        pytest.skip("it has it")
+    assert said(launch, "-object", "iommufd,id=i") == said(None, "-object", "iommufd,id=i")
+    compare(lambda vm: [vm.qmp.ask("object-add", qom_type="iommufd", id="i")])
+
+
+def test_what_the_view_cannot_have_is_refused(launch: Launch, vfio_device: Path) -> None:
+    assert "QEMU would look for the USB device in /sys" in said(launch, "-device", "usb-host,vendorid=0x1234")
+    (vfio_device / "driver").unlink()
+    (vfio_device / "driver").symlink_to("../../drivers/e1000e")
+    assert "the device is driven by e1000e, not by vfio-pci" in said(launch, "-device", f"vfio-pci,sysfsdev={vfio_device}")
+
+
+# --- what is there, and root's --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(
+    ("device", "error"),
+    [
+        (VSOCK, "vhost_set_owner failed: Inappropriate ioctl for device"),
+        ('{"driver":"vhost-vsock-pci","guest-cid":5}', "vhost_set_owner failed: Inappropriate ioctl for device"),
+        ("vhost-scsi-pci,wwpn=naa.5001405bd4e8476e", "Inappropriate ioctl for device"),
+        ("usb-host,hostdevice=/dev/bus/usb/001/002", "failed to open host usb device /dev/bus/usb/001/002"),
+        ("vfio-pci,sysfsdev={folder}", "failed to get group 7 status|error getting group status|ioctl"),
+    ],
+)
+def test_qemu_gets_what_its_id_may_not_open(launch: Launch, vfio_device: Path, device: str, error: str) -> None:
+    words = device.replace("{folder}", str(vfio_device))
+    plain = said(None, "-device", words)
+    assert re.search(error, plain), plain
+    ours = said(launch, "-device", words)
+    assert ours.partition(": ")[2].rpartition(": ")[2] == plain.partition(": ")[2].rpartition(": ")[2], ours
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_vsock_is_plugged_in(compare: Compare) -> None:
+    compare(added("vhost-vsock-pci", guest_cid=5))
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_vsock_is_plugged_in_by_hmp(compare: Compare) -> None:
+    compare(in_hmp("vhost-vsock-pci,guest-cid=5"), kept="vhost-vsock")
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("members", [{"hostdevice": USB_NODE}, {"hostbus": 1, "hostaddr": 2}], ids=str)
+def test_a_usb_device_is_plugged_in(launch: Launch, shared_tmp: Path, members: dict[str, object]) -> None:
+    error = f"failed to open host usb device {USB_NODE}"
+    with plugged(shared_tmp / "plain", None, machine=PC) as vm:
+        assert vm.qmp.refused("device_add", driver="usb-host", hostdevice=USB_NODE) == error
+    with plugged(shared_tmp / "dropin", launch, machine=PC) as vm:
+        mounts = vm.held().mounts
+        assert vm.qmp.refused("device_add", driver="usb-host", id="d", **members) == error
+        wait_until(lambda: vm.held().mounts == mounts, "what was shown is taken back")
+        words = ",".join(f"{name}={value}" for name, value in members.items())
+        assert error in vm.qmp.hmp(f"device_add usb-host,{words}")
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_vfio_device_is_plugged_in(compare: Compare, vfio_device: Path) -> None:
+    compare(added("vfio-pci", sysfsdev=str(vfio_device)))
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_the_number_of_the_fd_is_the_callers_where_it_names_one(launch: Launch) -> None:
+    number = os.open("/dev/vhost-vsock", os.O_RDWR)
+    try:
+        words = [*dropin_words(), *PC, "-device", f"{VSOCK},vhostfd={number}", *launch.options]
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False, pass_fds=(number,))
+        assert f"vhostfd={number}: vhost_set_owner failed" in ended.stderr
+    finally:
+        os.close(number)
