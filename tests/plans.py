@@ -121,7 +121,7 @@ def make_fact(path: str, root: bool = False) -> PathFact:
 
 def make_vfio(name: str) -> VfioFact:
     """Return what /sys says of a device, by its name: alone (in no group), other (another driver has it), mdev."""
-    group, cdev = ("", "") if "alone" in name else ("/dev/vfio/01-root", "/dev/vfio/devices/vfio0-root")
+    group, cdev = ("", "") if "alone" in name else ("/dev/vfio/01", "/dev/vfio/devices/vfio0")
     return VfioFact(group, cdev, "other" if "other" in name else "vfio-pci", "mdev" in name)
 
 

@@ -12,6 +12,7 @@ from _socket import (
     MSG_PEEK,
     SCM_CREDENTIALS,
     SCM_RIGHTS,
+    SO_PASSCRED,
     SOL_SOCKET,
     socket,
 )
@@ -55,7 +56,8 @@ class Connection:
         self._reading = True
         self._watched: "int | None" = None  # what the poller was told last
         self.queued_bytes = 0
-        self.peer_pid = 0  # as the kernel told with the last bytes, where it was asked to (SO_PASSCRED)
+        self.asks_pid = self._socket is not None and bool(self._socket.getsockopt(SOL_SOCKET, SO_PASSCRED))
+        self.peer_pid = 0  # as the kernel told with the first bytes, where it was asked to (SO_PASSCRED)
         self.closed = False
         self.hung_up = False  # the peer reads no more either
         self._watch()
@@ -71,6 +73,10 @@ class Connection:
         if self.closed:
             _close_all(fds)
             return
+        if not self._queue and not fds and self._socket is not None:
+            data = self._send_now(data)
+            if not data:
+                return
         self.queued_bytes += len(data)
         if self._queue and not fds and len(self._queue[-1][0]) < _CHUNK_BYTES:
             self._queue[-1][0].extend(data)  # many small messages would need many times their size
@@ -81,6 +87,16 @@ class Connection:
                 self._flush()
             else:
                 self._watch()  # a pipe may block when poll(2) was not asked
+
+    def _send_now(self, data: bytes) -> bytes:
+        """Write what goes at once; return the rest."""
+        assert self._socket is not None
+        try:
+            return data[self._socket.send(data, MSG_DONTWAIT | MSG_NOSIGNAL) :]
+        except BlockingIOError:
+            return data
+        except OSError:
+            return b""  # nobody reads it: that the peer has gone is told by reading
 
     def finish(self, done: "Callable[[], None]") -> None:
         """Read no more; close once the peer has got all that is queued, or is gone, and say so."""
@@ -177,7 +193,9 @@ class Connection:
         """
         assert self._socket is not None
         size = _CHUNK_BYTES
-        if not self.peer_pid:  # not QEMU
+        if self.peer_pid:  # QEMU, which sends no fds; without a place for them the kernel would close them
+            return self._socket.recv(size, MSG_DONTWAIT), ()
+        if not self.asks_pid:
             data, _, flags, _ = self._socket.recvmsg(size, 0, MSG_DONTWAIT | MSG_PEEK)
             if not flags & MSG_CTRUNC:  # no fds, then
                 return self._socket.recv(len(data), MSG_DONTWAIT), ()
@@ -189,6 +207,7 @@ class Connection:
                 fds += (int.from_bytes(item[i : i + 4], sys.byteorder) for i in range(0, len(item) // 4 * 4, 4))
             elif (level, kind) == (SOL_SOCKET, SCM_CREDENTIALS):
                 self.peer_pid = int.from_bytes(item[:4], sys.byteorder)
+                self._socket.setsockopt(SOL_SOCKET, SO_PASSCRED, 0)
         return data, tuple(fds)
 
     def _flush(self) -> None:

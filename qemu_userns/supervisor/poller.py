@@ -45,10 +45,8 @@ class Poller:
 
     def run_once(self, timeout_s: "float | None" = None) -> None:
         """Wait for something to happen, at most `timeout_s`, and call back for all of it."""
-        now = time.monotonic()
-        waits = [max(0.0, due - now) for due, _ in self._timers] + ([] if timeout_s is None else [timeout_s])
-        happened = self._poll.poll(min(waits) * 1000 if waits else None)
-        for fd, events, watched in [(fd, events, self._callbacks[fd]) for fd, events in happened]:
+        happened = [(fd, events, self._callbacks[fd]) for fd, events in self._poll.poll(self._find_timeout(timeout_s))]
+        for fd, events, watched in happened:
             # An earlier callback may have ended this one, and the fd's number may be another's by now.
             if self._callbacks.get(fd) == watched:
                 self._call(watched[1], watched[0], events)
@@ -58,6 +56,13 @@ class Poller:
             self._timers = [timer for timer in self._timers if timer[0] > now]
             for call in expired:
                 self._call(None, call)
+
+    def _find_timeout(self, timeout_s: "float | None") -> "float | None":
+        """Return for how many milliseconds to wait, None for ever."""
+        if self._timers:
+            due_s = max(0.0, min(due for due, _ in self._timers) - time.monotonic())
+            timeout_s = due_s if timeout_s is None else min(due_s, timeout_s)
+        return None if timeout_s is None else timeout_s * 1000
 
     def _call(self, broken: "Callable[[], None] | None", callback: "Callable[..., None]", *events: int) -> None:
         """Call back.

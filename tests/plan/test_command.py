@@ -277,8 +277,8 @@ def test_a_usb_device_is_named_by_its_node() -> None:
 @pytest.mark.parametrize(
     ("more", "grants"),
     [
-        ({"sysfsdev": "/sys/x"}, ["ro /sys/x", "device /dev/vfio/vfio", "device /dev/vfio/01-root"]),
-        ({"sysfsdev": "/sys/x", "iommufd": "i"}, ["ro /sys/x", "device /dev/vfio/devices/vfio0-root"]),
+        ({"sysfsdev": "/sys/x"}, ["ro /sys/x", "device /dev/vfio/vfio", "device /dev/vfio/01"]),
+        ({"sysfsdev": "/sys/x", "iommufd": "i"}, ["ro /sys/x", "device /dev/vfio/devices/vfio0"]),
         ({"sysfsdev": "/sys/alone"}, ["ro /sys/alone"]),
         ({"sysfsdev": "/nowhere"}, []),
     ],
@@ -289,6 +289,11 @@ def test_the_nodes_of_vfio(more: dict[str, Any], grants: list[str]) -> None:
         grants,
         json.dumps({"execute": "device_add", "arguments": arguments_of(found), "id": 1}),
     )
+
+
+def test_root_makes_the_nodes_that_qemu_may_not_open_anew() -> None:
+    found = plan("device_add", {"driver": "vfio-pci", "sysfsdev": "/sys/x"}, root=True)
+    assert asked(found) == ["ro /sys/x", "device /dev/vfio/vfio", "node /dev/vfio/01"]
 
 
 def test_of_a_mediated_device_its_bus_is_shown_too() -> None:
@@ -307,7 +312,7 @@ def test_of_a_mediated_device_its_bus_is_shown_too() -> None:
         (
             "device_add",
             {"driver": "vfio-pci", "sysfsdev": "/sys/other"},
-            "device_add sysfsdev /sys/other: the device is driven by other, not by vfio-pci (bind it: driverctl set-override other",
+            "device_add sysfsdev /sys/other: the device is driven by other, not by vfio-pci (bind it: driverctl",
         ),
         ("device_add", {"driver": "usb-host", "vendorid": 1}, "device_add driver: QEMU would look for the USB device in /sys"),
         ("screendump", {"filename": "/x/dir"}, "screendump filename /x/dir: Is a directory"),

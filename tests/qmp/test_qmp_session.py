@@ -309,7 +309,7 @@ def test_what_a_command_names_is_handed_over_first_and_kept() -> None:
     assert [b"add-fd" in action.data for action in found] == [True, True, True, False, False]
     assert found[3].data == own(5, "getfd", '"fdname": "name"')
     done = b'{"return": {}, "id": 9}\r\n'
-    assert session.receive_qemu(done) == [SendClient(1, done), Keep(("blockdev", "n"), 5, (7, 8)), SendQemu(STATUS)]
+    assert session.receive_qemu(done) == [Keep(("blockdev", "n"), 5, (7, 8)), SendClient(1, done), SendQemu(STATUS)]
     session.receive_qemu(RUNNING)
     remove = b'{"execute":"blockdev-del","arguments":{"node-name":"n"}}'
     session.receive_client(2, remove, ())
