@@ -58,7 +58,6 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     from qemu_userns.sandbox.confine import confine, pass_fds
     from qemu_userns.sandbox.namespaces import NamespaceLimits, become, join
     from qemu_userns.sandbox.view import build_view, overlay_host
-    from qemu_userns.supervisor.state import build_state, write_state
 
     plan = make_plan(start, request)
     for refusal in plan.find_refusals():
@@ -68,6 +67,8 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
         open_grants(plan.grants, plan.identity, None if start.lease is None else start.lease.fd, opened)
         namespaces = supervisor.open_namespaces()
         if plan.needs_supervisor:
+            from qemu_userns.supervisor.state import build_state, write_state
+
             state = build_state(start, plan, opened)
             supervisor.hand_over([write_state(state), *opened.served], state.title)
         else:

@@ -9,7 +9,6 @@ from qemu_userns.host.idmap import map_mount
 from qemu_userns.host.leftovers import Leftover, remove
 from qemu_userns.host.paths import find_fd
 from qemu_userns.host.realpath import Parent, check_inode, open_real
-from qemu_userns.host.sockets import open_socket
 from qemu_userns.linux import mount
 from qemu_userns.plan.grants import (
     Bind,
@@ -172,6 +171,8 @@ def _open(grant: Grant, identity: "Identity", lease_fd: "int | None", opened: Op
 
             opened.take(open_program(grant.argv), grant.number)
         case Listen() | Connect() | Monitor() | QmpSocket():
+            from qemu_userns.host.sockets import open_socket
+
             open_socket(grant, identity.switch, opened)
 
 
