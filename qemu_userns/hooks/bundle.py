@@ -65,7 +65,7 @@ def _find_file(name: str) -> str:
 
 
 def _compile(file: str) -> "CodeType":
-    """Return the code of a source file."""
+    """Return the code of a source file, without docstrings and asserts, which take time to load."""
     with open(file, "rb") as source:
-        code: CodeType = compile(source.read(), file, "exec", dont_inherit=True)
+        code: CodeType = compile(source.read(), file, "exec", dont_inherit=True, optimize=2)
     return code
