@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from integration.plugged import ROOT, Vm, compared, plugged
+from integration.plugged import Vm, compared, plugged
 from integration.shares import Launch, dropin_words, launches
 from integration.talk import PLAIN, wait_until
 from qemu_userns.linux import process
