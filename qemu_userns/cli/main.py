@@ -66,6 +66,7 @@ def _main(words: "list[str]") -> int:
     elif command == "ps" and rest in ([], ["--json"]):
         from qemu_userns.cli.ps import ps
 
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads our output may have enough of it
         return ps(bool(rest))
     elif command == "qmp":
         from qemu_userns.cli.qmp import qmp

@@ -1,7 +1,6 @@
 """qemu-userns ps: the caller's VMs."""
 
 import json
-import signal
 
 from qemu_userns.cli.vms import is_supervised, read_vms
 from qemu_userns.errors import printable
@@ -16,7 +15,6 @@ _TITLES = ("PID", "NAME", "UUID", "QEMU", "UID", "MONITORS")
 
 def ps(as_json: bool) -> int:
     """Print a table of the VMs, or the same and more as a JSON list."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads our output may have enough of it
     vms = read_vms()
     if as_json:
         print(json.dumps([_describe(vm) for vm in vms], indent=2))
