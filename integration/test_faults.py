@@ -31,11 +31,10 @@ pytestmark = [
 ]
 
 CALLS = (
-    "unshare",
+    "setns",
     "open_tree",
     "move_mount",
     "mount_setattr",
-    "mount",
     "fsopen",
     "fsconfig",
     "fsmount",
@@ -53,6 +52,10 @@ CALLS = (
     "openat2",
     "bind",
     "listen",
+    "fchmod",
+    "socketpair",
+    "sendmsg",
+    "memfd_create",
     "pipe2",
     "clone",
     "setresuid",

@@ -1,5 +1,6 @@
 """Files of a launch that have to go: all of them when it fails, the temporary ones when QEMU has ended."""
 
+import errno
 import os
 import stat
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 
 _DEEPEST = 40
+STALE = (0, 0)  # Leftover.inode of a socket that is about to be made: a socket that nobody listens on, whichever it is
 
 
 class Leftover(Record):
@@ -54,7 +56,9 @@ def remove(leftovers: "Iterable[Leftover]") -> None:
         try:
             with Parent(item.path) as parent:
                 found = parent.status()
-                if (found.st_dev, found.st_ino) != item.inode:
+                if item.inode == STALE and not (stat.S_ISSOCK(found.st_mode) and _is_stale(parent.path)):
+                    continue
+                if item.inode not in (STALE, (found.st_dev, found.st_ino)):
                     continue
                 if stat.S_ISDIR(found.st_mode):
                     _remove_tree(parent.fd, parent.name, _DEEPEST)
@@ -62,6 +66,17 @@ def remove(leftovers: "Iterable[Leftover]") -> None:
                     os.unlink(parent.name, dir_fd=parent.fd)
         except OSError:
             continue
+
+
+def _is_stale(path: str) -> bool:
+    """Say whether nobody listens on a unix socket."""
+    import _socket
+
+    client = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
+    try:
+        return client.connect_ex(path) == errno.ECONNREFUSED
+    finally:
+        client.close()
 
 
 def _remove_tree(parent: int, name: str, depth: int) -> None:

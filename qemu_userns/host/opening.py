@@ -6,7 +6,7 @@ import stat
 
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.idmap import map_mount
-from qemu_userns.host.leftovers import Leftover, remove
+from qemu_userns.host.leftovers import STALE, Leftover, remove
 from qemu_userns.host.paths import find_fd
 from qemu_userns.host.realpath import Parent, check_inode, open_real
 from qemu_userns.linux import mount
@@ -61,6 +61,12 @@ class Opened:
         leftover = Leftover(path, (status.st_dev, status.st_ino), temporary)
         self.leftovers.append(leftover)
         self.inodes[path] = leftover.inode
+        self._tell(leftover)
+
+    def intend(self, path: str) -> None:
+        """Note a socket that is about to be made: its inode is known only when it has its name, which may be too late."""
+        leftover = Leftover(path, STALE, False)
+        self.leftovers.append(leftover)
         self._tell(leftover)
 
     def take(self, fd: int, number: int) -> None:

@@ -53,6 +53,7 @@ def _new_socket() -> "Socket":
 
 def _listen(path: str, given: str, privileged: bool, backlog: int, opened: "Opened", mode: "int | None" = None) -> int:
     """Listen at a path, and note that it was made; return an owned fd."""
+    opened.intend(path)
     fd, status = listen_unix(path, given, privileged, backlog, mode)
     opened.created(path, status, True)
     return fd
@@ -134,6 +135,7 @@ def _open_monitor(grant: Monitor, privileged: bool, opened: "Opened") -> None:
     private = _new_socket()
     os.fchmod(private.fileno(), 0o600)
     if grant.kind == LISTEN and grant.path:
+        opened.intend(grant.path)
         with Parent(grant.path) as parent:
             _unlink(parent)
             way_in = _bind_nameless(private, parent, _address(parent, grant.path, grant.given, privileged))
