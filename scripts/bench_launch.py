@@ -37,7 +37,8 @@ ROUNDS_PER_BURST = 8
 END_TIMEOUT_S = 10
 PAUSE_S = 0.02  # for the kernel, and for a supervisor that gives a lease back, to be done with the start before
 BWRAP = ["--unshare-user", "--dev-bind", "/", "/", "--die-with-parent"]
-MONITOR = ["-M", "q35", "-S", "-nodefaults", "-display", "none", "-mon", "chardev=m,mode=control", "-chardev"]
+MACHINE = ["-M", "q35", "-S", "-nodefaults", "-display", "none"]
+GREETINGS = {"control": b'"QMP"', "readline": b"QEMU "}  # what a monitor says first, by its mode
 
 STUB_SOURCE = r"""
 #include <stdlib.h>
@@ -69,6 +70,7 @@ class Way(NamedTuple):
     command: list[str]
     until: str = "greeting"  # or "stub", "exit"
     crowded: bool = False  # in the mount namespace with MOUNTS more mounts
+    mode: str = "control"  # of the monitor: QMP, which the supervisor serves, or "readline", which QEMU serves by itself
 
 
 class Bench:
@@ -99,7 +101,7 @@ class Bench:
             time.sleep(PAUSE_S)
 
     def burst(self, way: Way, count: int) -> float:
-        """Start QEMU `count` times at once; return the milliseconds up to the last QMP greeting. None of them is left running."""
+        """Start QEMU `count` times at once; return the milliseconds up to the last greeting. None of them is left running."""
         poll, ours, pids = select.poll(), {}, []
         pairs = [socket.socketpair() for _ in range(count)]
         try:
@@ -111,8 +113,8 @@ class Bench:
                 poll.register(mine, select.POLLIN)
             while ours:
                 for number, _ in poll.poll():
-                    if b'"QMP"' not in ours[number].recv(4096):
-                        raise SystemExit(f"bench: no QMP greeting from: {' '.join(way.command)}")
+                    if GREETINGS[way.mode] not in ours[number].recv(4096):
+                        raise SystemExit(f"bench: no greeting from: {' '.join(way.command)}")
                     poll.unregister(number)
                     ours.pop(number)
             return (time.monotonic_ns() - began) / 1e6
@@ -155,7 +157,8 @@ class Bench:
     @staticmethod
     def _spawn(way: Way, fd: int, env: dict[str, str], *words: str) -> int:
         os.set_inheritable(fd, True)
-        return os.posix_spawn(way.command[0], [*way.command, *MONITOR, f"socket,id=m,fd={fd}", *words], env)
+        monitor = ["-chardev", f"socket,id=m,fd={fd}", "-mon", f"chardev=m,mode={way.mode}"]
+        return os.posix_spawn(way.command[0], [*way.command, *MACHINE, *monitor, *words], env)
 
 
 def find_ways(real: str, stub: str | None, crowded: bool, identities: dict[str, list[str]]) -> Iterator[Way]:
@@ -163,6 +166,7 @@ def find_ways(real: str, stub: str | None, crowded: bool, identities: dict[str, 
     python = DROPIN.read_text().split("\n", 1)[0][2:].split()[0]
     yield Way("python", "python3 -I -S -c pass", [python, "-I", "-S", "-c", "pass"], "exit")
     yield Way("plain", "plain QEMU", [real])
+    yield Way("plain:hmp", "plain QEMU, HMP", [real], mode="readline")
     if sandbox := find_sandbox():
         yield Way("plain+sandbox", "plain QEMU, with the -sandbox that the drop-in adds", [real, "-sandbox", sandbox])
     if bwrap := shutil.which("bwrap"):
@@ -176,6 +180,8 @@ def find_ways(real: str, stub: str | None, crowded: bool, identities: dict[str, 
         for more in (False, True) if crowded else (False,):
             suffix = "@crowd" if more else ""
             yield Way(f"{name}{suffix}", name, command, crowded=more)
+            if not more:
+                yield Way(f"{name}:hmp", f"{name}, HMP", command, mode="readline")
             if stub:
                 yield Way(f"{name}:execve{suffix}", f"{name}, to execve", command, "stub", more)
 
@@ -254,7 +260,8 @@ def bench_launch(rounds: int | None, json_file: str | None) -> None:
         bench = Bench(crowd, stub and os.path.dirname(stub))
         ways = list(find_ways(real, stub, crowd is not None, identities))
         samples: dict[str, list[float]] = {way.key: [] for way in ways}
-        bursts: dict[str, list[float]] = {way.key: [] for way in ways if way.until == "greeting" and not way.crowded}
+        at_once = [way for way in ways if way.until == "greeting" and not way.crowded and way.mode == "control"]
+        bursts: dict[str, list[float]] = {way.key: [] for way in at_once}
         for way in ways:
             bench.measure(way)  # caches: files, what is known of this QEMU
         began, done = time.monotonic(), 0
@@ -291,7 +298,8 @@ def report(about: list[str], rows: list[tuple[str, str, str, list[float]]], name
             ratios[f"{name}: start to execve / python3 -I -S -c pass"] = medians[execve] / medians["python"]
             own = medians[execve] - medians["stub"]
             ratios[f"{name}: the same, without the stand-in's own start"] = own / medians["python"]
-            ratios[f"{name}: execve to greeting / plain QEMU"] = (medians[name] - own) / medians["plain"]
+            ratios[f"{name}: execve to HMP banner / plain QEMU"] = (medians[f"{name}:hmp"] - own) / medians["plain:hmp"]
+            ratios[f"{name}: execve to QMP greeting / plain QEMU"] = (medians[name] - own) / medians["plain"]
         ratios[f"{name}: spawn to greeting / plain QEMU"] = medians[name] / medians["plain"]
         ratios[f"{name}: {AT_ONCE} at once / {AT_ONCE} plain"] = medians[f"{name}@{AT_ONCE}"] / medians[f"plain@{AT_ONCE}"]
         for key, what in ((name, "to greeting"), (execve, "to execve")):
