@@ -403,13 +403,14 @@ def test_a_client_that_leaves_while_its_command_is_prepared(vm: Served, shared_t
     node = {"driver": "file", "node-name": "a", "filename": f"{shared_tmp}/image"}
     add = {"execute": "blockdev-add", "arguments": node}
     with vm.client() as other:
+        other.execute("cont")  # a QEMU 7.2 that does not run marks fds as removed, and keeps them
         before = vm.fds()
         other.execute("blockdev-add", **node)
         other.execute("blockdev-del", **{"node-name": "a"})
         for _ in range(5):
             with vm.client() as client:
                 client.send(json.dumps(add).encode())
-            assert other.ask(STATUS) == RUNNING
+            assert other.execute("query-status")["running"]
         wait_until(lambda: vm.fds() == before, "the fds as before")
         assert other.execute("query-named-block-nodes") == []
 

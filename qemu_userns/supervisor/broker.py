@@ -124,7 +124,7 @@ class Broker:
             self._end()
             return
         fd = ours.detach()
-        self._qemu = Connection(self._host.poller, fd, fd, self._hear_qemu)
+        self._qemu = Connection(self._host.poller, fd, fd, self._hear_qemu, asks_pid=True)
 
     def join(self, public: "Sequence[int]", lost: "Callable[[], None]") -> None:
         """Take the one client of a monitor that does not listen, if it may be one; see `serve`."""
@@ -176,12 +176,16 @@ class Broker:
         """Say whether clients still have to read what was sent to them."""
         return any(client.queued_bytes for client in (*self._clients.values(), *self._leaving))
 
-    def close(self) -> None:
-        """Close everything."""
+    def stop_listening(self) -> None:
+        """Take no more clients."""
         for fd in self._listeners:
             self._host.poller.unwatch(fd)
             os.close(fd)
         self._listeners.clear()
+
+    def close(self) -> None:
+        """Close everything."""
+        self.stop_listening()
         for client in (*self._clients.values(), *self._leaving):
             client.close()
         self._clients.clear()

@@ -37,7 +37,7 @@ _ANCILLARY_BYTES = CMSG_SPACE(4 * _MOST_FDS) + CMSG_SPACE(12)
 class Connection:
     """A socket, or a pair of other fds (stdin and stdout)."""
 
-    def __init__(self, poller: "Poller", read_fd: int, write_fd: int, receive: "Receiver") -> None:
+    def __init__(self, poller: "Poller", read_fd: int, write_fd: int, receive: "Receiver", asks_pid: bool = False) -> None:
         """Take the fds over.
 
         Args:
@@ -45,6 +45,7 @@ class Connection:
             read_fd: taken over.
             write_fd: the same for a socket; else taken over.
             receive: called with what comes in, whose fds it owns; with no bytes at the end of the stream.
+            asks_pid: it is QEMU's, and SO_PASSCRED is set: the kernel shall tell its pid with the first bytes.
         """
         self._poller = poller
         self._read_fd, self._write_fd = read_fd, write_fd
@@ -56,7 +57,7 @@ class Connection:
         self._reading = True
         self._watched: "int | None" = None  # what the poller was told last
         self.queued_bytes = 0
-        self.asks_pid = self._socket is not None and bool(self._socket.getsockopt(SOL_SOCKET, SO_PASSCRED))
+        self._asks_pid = asks_pid
         self.peer_pid = 0  # as the kernel told with the first bytes, where it was asked to (SO_PASSCRED)
         self.closed = False
         self.hung_up = False  # the peer reads no more either
@@ -195,7 +196,7 @@ class Connection:
         size = _CHUNK_BYTES
         if self.peer_pid:  # QEMU, which sends no fds; without a place for them the kernel would close them
             return self._socket.recv(size, MSG_DONTWAIT), ()
-        if not self.asks_pid:
+        if not self._asks_pid:
             data, _, flags, _ = self._socket.recvmsg(size, 0, MSG_DONTWAIT | MSG_PEEK)
             if not flags & MSG_CTRUNC:  # no fds, then
                 return self._socket.recv(len(data), MSG_DONTWAIT), ()

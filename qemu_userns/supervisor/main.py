@@ -82,6 +82,7 @@ def run(state: "State", watch: Watch, poller: Poller, server: "Server | None") -
     while not watch.ended:
         poller.run_once()
     if server is not None:
+        server.stop_listening()  # who comes now wants the VM that is started next on the same path
         deadline = time.monotonic() + _DRAIN_S
         while server.has_more() and time.monotonic() < deadline:
             poller.run_once(deadline - time.monotonic())

@@ -79,6 +79,11 @@ class Server:
         """Say whether QEMU's last words are still to be read, or to be passed on."""
         return any(not broker.ended or broker.has_unsent() for broker in self._brokers)
 
+    def stop_listening(self) -> None:
+        """Take no more clients."""
+        for broker in self._brokers:
+            broker.stop_listening()
+
     def close(self) -> "tuple[Leftover, ...]":
         """Close all, and forget the VM; return what was made for it and has to go."""
         for broker in self._brokers:
