@@ -610,6 +610,8 @@ def test_starting_again_at_once_on_the_same_path(dropin: list[str], shared_tmp: 
             vm.process.kill()
             vm.process.wait()
             with served(dropin, shared_tmp) as again:
+                # Before it has bound the path, the first one's supervisor may still take a client, and end.
+                wait_until(again.entry.exists, "the second one's entry")
                 with again.client() as client:
                     assert client.ask(STATUS) == RUNNING
                     time.sleep(0.2)  # in which the first one's supervisor ends
