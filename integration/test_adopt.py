@@ -244,6 +244,36 @@ def test_another_s_socket_at_the_path_is_left_alone(tmp_path: Path) -> None:
             qmp.execute("query-status")
 
 
+def test_a_stale_socket_at_the_path_gives_way(tmp_path: Path) -> None:
+    """An adoption that was killed before it wrote down what it had bound leaves one."""
+    with running_vm(tmp_path) as (pid, path):
+        kill_supervisor(pid)
+        held = os.open(path, os.O_PATH)  # so that its number is not given again
+        path.unlink()
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+        adopt(str(pid))
+        os.close(held)
+        with client_of(path) as qmp:
+            qmp.execute("query-status")
+
+
+def test_an_adoption_that_fails_half_way_can_be_tried_again(tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    with running_vm(tmp_path, "-qmp", f"unix:{second},server=on,wait=off") as (pid, path):
+        kill_supervisor(pid)
+        second.unlink()
+        second.touch()
+        done = ours("adopt", str(pid))
+        assert (done.returncode, done.stderr.splitlines()[0]) == (1, f"qemu-userns: {second}: something else is there now")
+        assert not path.exists()
+        second.unlink()
+        adopt(str(pid))
+        for each in (path, second):
+            with client_of(each) as qmp:
+                qmp.execute("query-status")
+
+
 @pytest.mark.parametrize("words", [[], ["--all", "x"], ["nobody"], ["--what"]])
 def test_wrong_words_get_one_line_and_a_hint(words: list[str]) -> None:
     done = ours("adopt", *words)

@@ -10,6 +10,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from qemu_userns.host.realpath import Parent
+
 
 _DEEPEST = 40
 STALE = (0, 0)  # Leftover.inode of a socket that is about to be made: a socket that nobody listens on, whichever it is
@@ -56,7 +58,7 @@ def remove(leftovers: "Iterable[Leftover]") -> None:
         try:
             with Parent(item.path) as parent:
                 found = parent.status()
-                if item.inode == STALE and not (stat.S_ISSOCK(found.st_mode) and _is_stale(parent.path)):
+                if item.inode == STALE and not is_stale(parent):
                     continue
                 if item.inode not in (STALE, (found.st_dev, found.st_ino)):
                     continue
@@ -68,15 +70,24 @@ def remove(leftovers: "Iterable[Leftover]") -> None:
             continue
 
 
-def _is_stale(path: str) -> bool:
-    """Say whether nobody listens on a unix socket."""
+def is_stale(parent: "Parent") -> bool:
+    """Say whether an entry of a directory is a unix socket on which nobody listens.
+
+    One that is too busy to be connected to (EAGAIN), or may not be, counts as served.
+
+    Raises:
+        OSError: there is no such entry.
+    """
     import _socket
 
+    place = os.open(parent.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent.fd)
     client = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
     try:
-        return client.connect_ex(path) == errno.ECONNREFUSED
+        is_socket = stat.S_ISSOCK(os.fstat(place).st_mode)
+        return is_socket and client.connect_ex(f"/proc/self/fd/{place}") == errno.ECONNREFUSED
     finally:
         client.close()
+        os.close(place)
 
 
 def _remove_tree(parent: int, name: str, depth: int) -> None:

@@ -7,11 +7,10 @@ caller's stdio, and the connection that the caller passed in or QEMU's side had 
 
 import os
 import stat
-from _socket import AF_UNIX, SOCK_STREAM, socket
 
 from qemu_userns.errors import HostError, SandboxError
-from qemu_userns.host.leftovers import Leftover
-from qemu_userns.host.realpath import open_real
+from qemu_userns.host.leftovers import Leftover, is_stale, remove
+from qemu_userns.host.realpath import Parent
 from qemu_userns.host.sockets import BACKLOG, listen_unix, open_address
 from qemu_userns.linux import process
 from qemu_userns.plan.grants import LISTEN, Monitor
@@ -49,66 +48,63 @@ def take_over(directory: str, pid: int, poller: "Poller") -> "tuple[State, int, 
     if entry.state.started != registry.find_start(pid):
         raise HostError(str(pid), "this VM has ended")
     os.close(lock)  # Server takes it again, for as long as it lives
-    os.umask(entry.state.caller.umask)
-    state, fds = _open_all(entry.state)
-    os.umask(0o077)
-    server = Server(state, poller, lambda _: pidfd)
-    server.serve(fds)
-    server.restore(entry.held)
+    made: "dict[str, Leftover]" = {}
+    try:
+        os.umask(entry.state.caller.umask)
+        state, fds = _open_all(entry.state, made)
+        os.umask(0o077)
+        server = Server(state, poller, lambda _: pidfd)
+        server.serve(fds)
+        server.restore(entry.held)
+    except BaseException:
+        remove(made.values())
+        raise
     return state, pidfd, server
 
 
-def _open_all(state: "State") -> "tuple[State, list[int]]":
-    """Open what a launcher hands over; return the state with the sockets as they are now, and owned fds."""
+def _open_all(state: "State", made: "dict[str, Leftover]") -> "tuple[State, list[int]]":
+    """Open what a launcher hands over; return the state with the sockets as they are now, and owned fds.
+
+    The ways in come first: a VM that does not hold its side any more gets no new sockets.
+    """
+    ways_in = [_open_way_in(state.pid, monitor.way_in) for monitor in state.monitors]
     fds: "list[int]" = []
-    monitors, leftovers = [], {item.path: item for item in state.leftovers}
-    for monitor in state.monitors:
-        found = _open_public(monitor, leftovers)
-        fds += found
+    monitors = []
+    for monitor, way_in in zip(state.monitors, ways_in, strict=True):
+        found = _open_public(monitor, made)
+        fds += [*found, way_in]
         monitors.append(monitor.replace(wait=False, lost=len(found) < monitor.public_count))
-        fds.append(_open_way_in(state.pid, monitor.way_in))
     for grant in state.sockets:
-        fds.append(_bind_again(grant.path, grant.mode, leftovers))
+        fds.append(_bind_again(grant.path, grant.mode, made))
+    leftovers = {item.path: item for item in state.leftovers} | made
     return state.replace(monitors=tuple(monitors), leftovers=tuple(leftovers.values())), fds
 
 
-def _open_public(monitor: Monitor, leftovers: "dict[str, Leftover]") -> "list[int]":
+def _open_public(monitor: Monitor, made: "dict[str, Leftover]") -> "list[int]":
     """Return owned fds of a monitor's public end, none where it cannot be had again."""
     if monitor.listens and monitor.path:  # also one that was inherited as an fd, if it has a name
-        return [_bind_again(monitor.path, None, leftovers)]
+        return [_bind_again(monitor.path, None, made)]
     if monitor.kind == LISTEN:
         return open_address(monitor)
     return []
 
 
-def _bind_again(path: str, mode: "int | None", leftovers: "dict[str, Leftover]") -> int:
-    """Bind a socket where the VM's own was; return an owned fd.
+def _bind_again(path: str, mode: "int | None", made: "dict[str, Leftover]") -> int:
+    """Bind a socket where the VM's own was, and note it as made; return an owned fd.
+
+    What nobody listens on gives way, whoever made it: it may be that of an adoption that was killed half way.
 
     Must not: take a path away from somebody who has put something else there since.
     """
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        found = None
-    before = leftovers.get(path)
-    if found is not None:
-        ours = before is None or (found.st_dev, found.st_ino) == before.inode
-        if not ours or not stat.S_ISSOCK(found.st_mode) or _is_served(path):
-            raise HostError(path, "something else is there now", "move it away, and adopt again")
+    with Parent(path) as parent:
+        try:
+            if not is_stale(parent):
+                raise HostError(path, "something else is there now", "move it away, and adopt again")
+        except FileNotFoundError:
+            pass
     fd, status = listen_unix(path, path, os.geteuid() == 0, BACKLOG, mode)
-    leftovers[path] = Leftover(path, (status.st_dev, status.st_ino), True)
+    made[path] = Leftover(path, (status.st_dev, status.st_ino), True)
     return fd
-
-
-def _is_served(path: str) -> bool:
-    """Say whether somebody listens on a socket: its inode's number alone may be that of the one that is gone."""
-    place = open_real(path, os.O_PATH | os.O_NOFOLLOW)
-    client = socket(AF_UNIX, SOCK_STREAM)
-    try:
-        return client.connect_ex(f"/proc/self/fd/{place}") == 0
-    finally:
-        client.close()
-        os.close(place)
 
 
 def _open_way_in(pid: int, number: int) -> int:
