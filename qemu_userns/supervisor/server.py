@@ -5,7 +5,8 @@ import stat
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
 
 from qemu_userns.errors import HostError
-from qemu_userns.host.leftovers import Leftover
+from qemu_userns.host.leftovers import Leftover, hold
+from qemu_userns.linux.sock_diag import find_bound_inode
 from qemu_userns.plan.grants import CONNECT, FD
 from qemu_userns.plan.rights import Rights
 from qemu_userns.supervisor import registry
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _BACKLOG = 16
 _CONNECT_TIMEOUT_S = 60
+_INODE_MASK = 0xFFFFFFFF  # what sock_diag tells of it; the device that it tells is not that of stat(2) on btrfs and overlayfs
 
 
 class Server:
@@ -93,16 +95,17 @@ class Server:
         return (*self._state.leftovers, *self._opener.find_leftovers())
 
     def _name_sockets(self, fds: "list[int]") -> "tuple[Monitor, ...]":
-        """Return the monitors; a listening socket that was inherited has a path too, which QEMU would remove at its end."""
+        """Return the monitors; a listening socket that was inherited may have a path too, which QEMU would remove at its end."""
         monitors, leftovers = [], list(self._state.leftovers)
         position = 0
         for monitor in self._state.monitors:
-            path = find_socket_path(fds[position]) if monitor.kind == FD and monitor.listens and not monitor.path else ""
+            inherited = monitor.kind == FD and monitor.listens and not monitor.path
+            file = find_socket_file(fds[position]) if inherited else None
             position += monitor.public_count + 1
-            if path:
-                found = os.lstat(path)
-                leftovers.append(Leftover(path, (found.st_dev, found.st_ino), True))
-            monitors.append(monitor.replace(path=path) if path else monitor)
+            if file is not None:
+                hold(file)
+                leftovers.append(file)
+            monitors.append(monitor if file is None else monitor.replace(path=file.path))
         self._state = self._state.replace(monitors=tuple(monitors), leftovers=tuple(leftovers))
         return self._state.monitors
 
@@ -185,19 +188,23 @@ class Server:
             self._log.write(f"the state of the VM cannot be written: {err.strerror}")
 
 
-def find_socket_path(fd: int) -> str:
-    """Return where a unix socket is bound, "" if that is no path from / on that leads to a socket."""
+def find_socket_file(fd: int) -> "Leftover | None":
+    """Return the file of a unix socket, None where its name is no path from / on, or leads to something else by now."""
     bound = socket(fileno=fd)
     try:
         name = bound.getsockname()
     finally:
         bound.detach()
     if not isinstance(name, str) or not name.startswith("/"):
-        return ""
+        return None
+    path = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
     try:
-        return name if stat.S_ISSOCK(os.lstat(name).st_mode) else ""
+        found = os.lstat(path)
     except OSError:
-        return ""
+        return None
+    if not stat.S_ISSOCK(found.st_mode) or found.st_ino & _INODE_MASK != find_bound_inode(fd):
+        return None
+    return Leftover(path, (found.st_dev, found.st_ino), True)
 
 
 def _listen(path: str) -> int:
