@@ -72,11 +72,7 @@ def find_vm(wanted: str) -> Vm:
 
 def is_supervised(vm: Vm) -> bool:
     """Say whether a VM has a supervisor."""
-    lock = registry.lock_entry(os.path.dirname(vm.socket), vm.pid)
-    if lock is None:
-        return True
-    os.close(lock)
-    return False
+    return registry.is_locked(os.path.dirname(vm.socket), vm.pid)
 
 
 def _match(vms: "list[Vm]", wanted: str) -> "list[Vm]":

@@ -37,17 +37,15 @@ def take_over(directory: str, pid: int, poller: "Poller") -> "tuple[State, int, 
     """
     for number in (process.SIGHUP, process.SIGINT, process.SIGTERM):
         process.ignore_signal(number)
-    lock = registry.lock_entry(directory, pid)
-    if lock is None:
+    pidfd = os.pidfd_open(pid)  # before the lock: of a VM that is gone, nobody would remove its file
+    if registry.lock_entry(directory, pid) is None:  # the fd stays open, so the lock lives as long as this process
         raise HostError(str(pid), "this VM has a supervisor", _HINT)
     try:
         entry = registry.read_entry(directory, pid)
     except (OSError, ValueError) as err:
         raise HostError(str(pid), f"its state cannot be read: {err}") from err
-    pidfd = os.pidfd_open(pid)
-    if entry.state.started != registry.find_start(pid):
+    if not registry.is_running(pid, entry.state):
         raise HostError(str(pid), "this VM has ended")
-    os.close(lock)  # Server takes it again, for as long as it lives
     made: "dict[str, Leftover]" = {}
     try:
         os.umask(entry.state.caller.umask)

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import stat
+import struct
 
 from qemu_userns.errors import HostError
 from qemu_userns.host.identity import RUN_DIR
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from qemu_userns.supervisor.handed import Held
 
+_FLOCK = "hhqqi"  # struct flock of fcntl(2)
 _START_FIELD = 21  # of /proc/PID/stat, counted from 0: proc(5), starttime
 
 
@@ -84,6 +86,21 @@ def lock_entry(directory: str, pid: int) -> "int | None":
     return fd
 
 
+def is_locked(directory: str, pid: int) -> bool:
+    """Say whether a VM has a supervisor, by a look that leaves no file and takes no lock.
+
+    Must not: be called by the supervisor, whose lock ends when it closes any fd of the file.
+    """
+    try:
+        fd = os.open(f"{directory}/{pid}.lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    found = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    os.close(fd)
+    return bool(found[0] != fcntl.F_UNLCK)
+
+
 def write_entry(directory: str, pid: int, entry: Entry) -> None:
     """Write what is known of a VM, all of it or nothing; raises OSError."""
     path = f"{directory}/{pid}.json"
@@ -109,7 +126,7 @@ def read_entries(directory: str) -> "Iterator[tuple[int, State]]":
             entry = read_entry(directory, pid)
         except (OSError, ValueError):
             continue  # gone meanwhile, or of another version
-        if entry.state.started == find_start(pid):
+        if is_running(pid, entry.state):
             yield pid, entry.state
 
 
@@ -135,7 +152,7 @@ def sweep(directory: str) -> None:
     """Forget the VMs that have ended without a supervisor."""
     for pid in _list_pids(directory):
         try:
-            ended = read_entry(directory, pid).state.started != find_start(pid)
+            ended = not is_running(pid, read_entry(directory, pid).state)
         except (OSError, ValueError):
             ended = find_start(pid) == 0
         lock = lock_entry(directory, pid) if ended else None
@@ -145,11 +162,17 @@ def sweep(directory: str) -> None:
 
 
 def _list_pids(directory: str) -> "list[int]":
+    """Return whom the files are of, also those of an entry that is not complete."""
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
         return []
-    return sorted(int(name[: -len(".json")]) for name in names if name.endswith(".json") and name[: -len(".json")].isdecimal())
+    return sorted({int(pid) for pid in (name.partition(".")[0] for name in names) if pid.isdecimal()})
+
+
+def is_running(pid: int, vm: State) -> bool:
+    """Say whether a pid is still that of a VM; a VM that ended while it was being registered has no start."""
+    return vm.started != 0 and vm.started == find_start(pid)
 
 
 def find_start(pid: int) -> int:

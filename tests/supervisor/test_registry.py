@@ -1,0 +1,66 @@
+"""Which VMs the run directory knows, and which of them have a supervisor."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qemu_userns.plan.facts import Account, Caller
+from qemu_userns.plan.identity import SELF, Identity, MapEntry
+from qemu_userns.plan.plan import NO_HOST
+from qemu_userns.supervisor import registry
+from qemu_userns.supervisor.registry import Entry
+from qemu_userns.supervisor.state import State
+from tests.forked import in_child
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+UID, GID = os.geteuid(), os.getegid()
+OWN = Identity(UID, GID, (), False, SELF, (MapEntry(0, UID, 1),), (MapEntry(0, GID, 1),), "test")
+NOBODY = 2**22 + 1  # more than PID_MAX_LIMIT: a process that there never is
+
+
+def a_state(pid: int, started: int) -> State:
+    caller = Caller(Account("user", UID, GID, ()), UID == 0, "/", 0o022, 1024, frozenset())
+    return State(pid, "name", "", "/usr/bin/qemu", (7, 2, 0), False, "", NO_HOST, OWN, caller, started=started)
+
+
+def register(directory: Path, pid: int, started: int) -> None:
+    registry.write_entry(str(directory), pid, Entry(a_state(pid, started), 0))
+
+
+def test_a_vm_that_runs_is_known_and_stays(tmp_path: Path) -> None:
+    register(tmp_path, os.getpid(), registry.find_start(os.getpid()))
+    registry.sweep(str(tmp_path))
+    assert [pid for pid, _ in registry.read_entries(str(tmp_path))] == [os.getpid()]
+
+
+@pytest.mark.parametrize(("pid", "started"), [(NOBODY, 5), (NOBODY, 0), (os.getpid(), 5)])
+def test_a_vm_that_has_ended_is_not_known_and_is_swept(tmp_path: Path, pid: int, started: int) -> None:
+    """Also one that ended before its start could be read, and one whose pid is somebody else's by now."""
+    register(tmp_path, pid, started)
+    assert list(registry.read_entries(str(tmp_path))) == []
+    registry.sweep(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["json", "json.new", "lock", "log", "qmp"])
+def test_a_part_of_an_entry_is_swept(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{NOBODY}.{name}").touch()
+    (tmp_path / f"{os.getpid()}.{name}").touch()
+    registry.sweep(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [f"{os.getpid()}.{name}"]
+
+
+def test_who_looks_for_a_supervisor_leaves_no_file_and_takes_no_lock(tmp_path: Path) -> None:
+    directory, pid = str(tmp_path), os.getpid()
+    assert not registry.is_locked(directory, pid)
+    assert list(tmp_path.iterdir()) == []
+    lock = registry.lock_entry(directory, pid)
+    assert lock is not None
+    assert in_child(lambda: registry.is_locked(directory, pid))
+    os.close(lock)
+    assert not registry.is_locked(directory, pid)
