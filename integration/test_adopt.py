@@ -274,6 +274,27 @@ def test_an_adoption_that_fails_half_way_can_be_tried_again(tmp_path: Path) -> N
                 qmp.execute("query-status")
 
 
+def test_what_a_vm_without_a_supervisor_left_goes_when_the_next_one_starts(tmp_path: Path) -> None:
+    (tmp_path / "next").mkdir()
+    pidfile = tmp_path / "pid"
+    with running_vm(tmp_path, "-pidfile", str(pidfile)) as (pid, path):
+        kill_supervisor(pid)
+    assert pidfile.exists()
+    assert path.exists()
+    with running_vm(tmp_path / "next"):
+        wait_until(lambda: not pidfile.exists() and not path.exists(), "pidfile and socket are swept")
+        assert not (HOME / f"{pid}.json").exists()
+
+
+def test_the_next_vm_keeps_the_pidfile_that_it_took_over(tmp_path: Path) -> None:
+    pidfile = tmp_path / "pid"
+    with running_vm(tmp_path, "-pidfile", str(pidfile)) as (pid, _):
+        kill_supervisor(pid)
+    with running_vm(tmp_path, "-pidfile", str(pidfile)) as (after, _):
+        wait_until(lambda: not (HOME / f"{pid}.json").exists(), "the entry is swept")
+        assert pidfile.read_text() == f"{after}\n"
+
+
 @pytest.mark.parametrize("words", [[], ["--all", "x"], ["nobody"], ["--what"]])
 def test_wrong_words_get_one_line_and_a_hint(words: list[str]) -> None:
     done = ours("adopt", *words)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 _DEEPEST = 40
+_PIDFILE_MAX_BYTES = 32
 STALE = (0, 0)  # Leftover.inode of a socket that is about to be made: a socket that nobody listens on, whichever it is
 
 
@@ -50,17 +51,21 @@ def hold(item: Leftover) -> None:
         os.close(fd)
 
 
-def remove(leftovers: "Iterable[Leftover]") -> None:
-    """Remove each that is still the one that was created; what cannot be removed stays, as there is nobody to tell."""
+def remove(leftovers: "Iterable[Leftover]", ended_pid: int = 0) -> None:
+    """Remove each that is still the one that was created; what cannot be removed stays, as there is nobody to tell.
+
+    Args:
+        leftovers: what was created.
+        ended_pid: of a VM that ended with nobody beside it, 0 for another. Since then its inodes were not held (`hold`), and the
+            next VM takes over a pidfile that it finds: so a socket must be stale, and a file hold this pid.
+    """
     from qemu_userns.host.realpath import Parent  # not needed before there is something to remove
 
     for item in leftovers:
         try:
             with Parent(item.path) as parent:
                 found = parent.status()
-                if item.inode == STALE and not is_stale(parent):
-                    continue
-                if item.inode not in (STALE, (found.st_dev, found.st_ino)):
+                if not _is_ours(item, parent, found, ended_pid):
                     continue
                 if stat.S_ISDIR(found.st_mode):
                     _remove_tree(parent.fd, parent.name, _DEEPEST)
@@ -68,6 +73,26 @@ def remove(leftovers: "Iterable[Leftover]") -> None:
                     os.unlink(parent.name, dir_fd=parent.fd)
         except OSError:
             continue
+
+
+def _is_ours(item: Leftover, parent: "Parent", found: os.stat_result, ended_pid: int) -> bool:
+    """Say whether what is there is what was created; raises OSError."""
+    if item.inode == STALE:
+        return is_stale(parent)
+    if item.inode != (found.st_dev, found.st_ino):
+        return False
+    if not ended_pid or stat.S_ISDIR(found.st_mode):  # a directory's name is its own
+        return True
+    return is_stale(parent) or (stat.S_ISREG(found.st_mode) and _holds_pid(parent, ended_pid))
+
+
+def _holds_pid(parent: "Parent", pid: int) -> bool:
+    """Say whether a file is what QEMU writes as its pidfile; raises OSError."""
+    fd = os.open(parent.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent.fd)
+    try:
+        return os.read(fd, _PIDFILE_MAX_BYTES) == b"%d\n" % pid
+    finally:
+        os.close(fd)
 
 
 def is_stale(parent: "Parent") -> bool:

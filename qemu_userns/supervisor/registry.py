@@ -13,14 +13,16 @@ import struct
 
 from qemu_userns.errors import HostError
 from qemu_userns.host.identity import RUN_DIR
+from qemu_userns.host.leftovers import remove
 from qemu_userns.record import Record, from_plain, to_plain
 from qemu_userns.supervisor import handed, state
 from qemu_userns.supervisor.state import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
+    from qemu_userns.host.leftovers import Leftover
     from qemu_userns.supervisor.handed import Held
 
 _FLOCK = "hhqqi"  # struct flock of fcntl(2)
@@ -33,6 +35,11 @@ class Entry(Record):
     state: State
     supervisor: int  # pid
     held: "tuple[Held, ...]" = ()  # what its objects were given while it ran
+
+    @property
+    def leftovers(self) -> "tuple[Leftover, ...]":
+        """What was made on the host for it, at its launch and since."""
+        return (*self.state.leftovers, *(file for item in self.held for file in item.handed.created))
 
 
 CLASSES: "dict[str, type[Record]]" = {**state.CLASSES, **handed.CLASSES, "Entry": Entry}
@@ -122,11 +129,8 @@ def remove_entry(directory: str, pid: int) -> None:
 def read_entries(directory: str) -> "Iterator[tuple[int, State]]":
     """Yield pid and state of each VM that runs; entries of those that have ended are left alone."""
     for pid in _list_pids(directory):
-        try:
-            entry = read_entry(directory, pid)
-        except (OSError, ValueError):
-            continue  # gone meanwhile, or of another version
-        if is_running(pid, entry.state):
+        entry = _find_entry(directory, pid)
+        if entry is not None and is_running(pid, entry.state):
             yield pid, entry.state
 
 
@@ -148,17 +152,33 @@ def read_entry(directory: str, pid: int) -> Entry:
     return entry
 
 
-def sweep(directory: str) -> None:
-    """Forget the VMs that have ended without a supervisor."""
-    for pid in _list_pids(directory):
-        try:
-            ended = not is_running(pid, read_entry(directory, pid).state)
-        except (OSError, ValueError):
-            ended = find_start(pid) == 0
+def sweep(directory: str, kept: "Iterable[str]" = ()) -> None:
+    """Forget the VMs that have ended without a supervisor, and remove what is provably theirs.
+
+    Args:
+        directory: of the registry.
+        kept: paths that a VM uses which is not registered yet; those of the VMs that run are kept too.
+    """
+    entries = {pid: _find_entry(directory, pid) for pid in _list_pids(directory)}
+    running = [entry for pid, entry in entries.items() if entry is not None and is_running(pid, entry.state)]
+    used = {*kept, *(item.path for entry in running for item in entry.leftovers)}
+    for pid, entry in entries.items():
+        ended = find_start(pid) == 0 if entry is None else not is_running(pid, entry.state)
         lock = lock_entry(directory, pid) if ended else None
-        if lock is not None:
-            remove_entry(directory, pid)
-            os.close(lock)
+        if lock is None:
+            continue
+        if entry is not None:
+            remove([item for item in entry.leftovers if item.temporary and item.path not in used], pid)
+        remove_entry(directory, pid)
+        os.close(lock)
+
+
+def _find_entry(directory: str, pid: int) -> "Entry | None":
+    """Return what is known of a VM, None if that is gone meanwhile, or of another version."""
+    try:
+        return read_entry(directory, pid)
+    except (OSError, ValueError):
+        return None
 
 
 def _list_pids(directory: str) -> "list[int]":

@@ -171,7 +171,7 @@ class Server:
     def _register(self) -> None:
         """Make the VM known to others of our programs, on a socket of its own."""
         directory, pid = registry.open_registry(os.geteuid()), self._pid
-        registry.sweep(directory)
+        registry.sweep(directory, [item.path for item in self._state.leftovers])
         self._lock = registry.lock_entry(directory, pid)
         self._directory = directory
         self._log.open(f"{directory}/{pid}.log")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
 
+from qemu_userns.host.leftovers import Leftover
 from qemu_userns.plan.facts import Account, Caller
 from qemu_userns.plan.identity import SELF, Identity, MapEntry
 from qemu_userns.plan.plan import NO_HOST
@@ -23,13 +25,19 @@ OWN = Identity(UID, GID, (), False, SELF, (MapEntry(0, UID, 1),), (MapEntry(0, G
 NOBODY = 2**22 + 1  # more than PID_MAX_LIMIT: a process that there never is
 
 
-def a_state(pid: int, started: int) -> State:
+def a_state(pid: int, started: int, leftovers: tuple[Leftover, ...] = ()) -> State:
     caller = Caller(Account("user", UID, GID, ()), UID == 0, "/", 0o022, 1024, frozenset())
-    return State(pid, "name", "", "/usr/bin/qemu", (7, 2, 0), False, "", NO_HOST, OWN, caller, started=started)
+    names = ("name", "", "/usr/bin/qemu", (7, 2, 0))
+    return State(pid, *names, False, "", NO_HOST, OWN, caller, leftovers=leftovers, started=started)
 
 
-def register(directory: Path, pid: int, started: int) -> None:
-    registry.write_entry(str(directory), pid, Entry(a_state(pid, started), 0))
+def register(directory: Path, pid: int, started: int, *leftovers: Leftover) -> None:
+    registry.write_entry(str(directory), pid, Entry(a_state(pid, started, leftovers), 0))
+
+
+def leftover(path: Path, temporary: bool = True) -> Leftover:
+    status = path.lstat()
+    return Leftover(str(path), (status.st_dev, status.st_ino), temporary)
 
 
 def test_a_vm_that_runs_is_known_and_stays(tmp_path: Path) -> None:
@@ -64,3 +72,50 @@ def test_who_looks_for_a_supervisor_leaves_no_file_and_takes_no_lock(tmp_path: P
     assert in_child(lambda: registry.is_locked(directory, pid))
     os.close(lock)
     assert not registry.is_locked(directory, pid)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> str:
+    (tmp_path / "vms").mkdir()
+    return str(tmp_path / "vms")
+
+
+def test_what_a_dead_vm_left_is_swept(tmp_path: Path, directory: str) -> None:
+    folder = tmp_path.resolve()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket"))
+    (folder / "pid").write_text(f"{NOBODY}\n")
+    (folder / "dir").mkdir()
+    (folder / "dir/inner").touch()
+    (folder / "log").write_text(f"{NOBODY}\n")
+    gone = [leftover(folder / name) for name in ("socket", "pid", "dir")]
+    register(folder / "vms", NOBODY, 5, *gone, leftover(folder / "log", temporary=False))
+    registry.sweep(directory)
+    assert sorted(path.name for path in folder.iterdir()) == ["log", "vms"]
+    assert os.listdir(directory) == []
+
+
+def test_what_may_be_another_vms_stays(tmp_path: Path, directory: str) -> None:
+    """The inodes of a dead VM are given to others, and its pidfile is taken over by the next one, which has not written yet."""
+    folder = tmp_path.resolve()
+    (folder / "pid").write_text("123\n")
+    (folder / "moved").write_text(f"{NOBODY}\n")
+    items = [leftover(folder / "pid"), Leftover(str(folder / "moved"), (1, 2), True)]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket"))
+        listener.listen(1)
+        register(folder / "vms", NOBODY, 5, *items, leftover(folder / "socket"))
+        registry.sweep(directory)
+    assert sorted(path.name for path in folder.iterdir()) == ["moved", "pid", "socket", "vms"]
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_pidfile_that_a_running_vm_has_taken_over_stays(tmp_path: Path, directory: str, registered: bool) -> None:
+    folder = tmp_path.resolve()
+    (folder / "pid").write_text(f"{NOBODY}\n")
+    pidfile = leftover(folder / "pid")
+    register(folder / "vms", NOBODY, 5, pidfile)
+    if registered:
+        register(folder / "vms", os.getpid(), registry.find_start(os.getpid()), pidfile)
+    registry.sweep(directory, [] if registered else [pidfile.path])
+    assert (folder / "pid").exists()
