@@ -220,13 +220,16 @@ def _uids_in_use() -> "frozenset[int]":
 
 
 def _status_uids(pid: str) -> "list[int]":
-    """Read the Uid: line of a process, none for a zombie, which can do nothing any more; raises OSError."""
+    """Read the Uid: line of a process, none for a zombie, which can do nothing any more; raises OSError.
+
+    A process whose first thread alone has ended is called a zombie too, and its other threads run on.
+    """
     fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = os.read(fd, 4096)
     finally:
         os.close(fd)
-    if b"\nState:\tZ" in text:
+    if b"\nState:\tZ" in text and b"\nThreads:\t1\n" in text:
         return []
     return [int(uid) for uid in text.partition(b"\nUid:")[2].partition(b"\n")[0].split()]
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,33 @@ def test_all_three_uids_of_a_process_are_seen(uids: "tuple[int, int, int]") -> N
         first_line(process)
         assert first + 5 in leases._uids_in_use()
         process.communicate()
+
+
+@pytest.mark.root
+def test_a_process_whose_first_thread_has_ended_is_seen() -> None:
+    """A QEMU that a guest has taken over could hide so, and share its ids with the next VM; what has ended is not seen."""
+    uid = 1_900_000_007
+    code = f"""
+import ctypes, os, sys, threading
+os.setresuid({uid}, {uid}, {uid})
+def run():
+    print(flush=True)
+    sys.stdin.read()
+    os._exit(0)
+threading.Thread(target=run).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        first_line(process)
+        status = Path(f"/proc/{process.pid}/status")
+        while "State:\tZ" not in status.read_text():
+            time.sleep(0.01)
+        assert uid in leases._uids_in_use()
+        assert process.stdin is not None
+        process.stdin.close()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert "State:\tZ" in status.read_text()
+        assert uid not in leases._uids_in_use()
 
 
 def test_own_uid_is_in_use() -> None:
