@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from integration.leftovers import host_state
+from integration.leftovers import host_state, sweep_unheld_leases
 from tests.conftest import (
     dropin_folder,
     pytest_collection_modifyitems,
@@ -45,8 +45,10 @@ def clean_host(shared_tmp: Path) -> Iterator[None]:
     before = host_state()
     yield
     end = time.monotonic() + GRACE_S
+    sweep_unheld_leases()
     while (left := host_state().added_since(before)) and time.monotonic() < end:
         time.sleep(0.05)
+        sweep_unheld_leases()
     assert not left, "left on the host:\n" + "\n".join(left)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from qemu_userns.host.identity import RUN_DIR
+from qemu_userns.host.leases import sweep_leases
 from qemu_userns.supervisor.registry import find_run_dir
 
 OURS = ("qemu-system", "qemu_userns", "qemu-userns")
@@ -76,5 +79,21 @@ def is_ours(command: str) -> bool:
 
 
 def run_files() -> frozenset[str]:
-    folders = [Path("/run/qemu-userns"), Path(find_run_dir(os.getuid()))]
+    folders = [Path(RUN_DIR), Path(find_run_dir(os.getuid()))]
     return frozenset(str(path) for folder in folders for path in folder.glob("**/*") if not path.is_dir())
+
+
+def is_held(lease: Path) -> bool:
+    """Tell whether somebody holds a lease."""
+    with lease.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def sweep_unheld_leases() -> None:
+    """Do as the next launch: without a supervisor the file of a lease stays, and nobody holds it."""
+    if os.geteuid() == 0:
+        sweep_leases(RUN_DIR)

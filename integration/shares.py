@@ -6,12 +6,11 @@ import contextlib
 import os
 import pwd
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from integration.leftovers import process_table
+from integration.leftovers import is_held, process_table
 from integration.vm import RunningGuest, quote, running_guest
 from tests.conftest import dropin_folder, lacking, missing, remove_tree, unprivileged_user_name
 
@@ -76,12 +75,9 @@ def shared_vm(launch: Launch, extra: Sequence[str], folder: Path, qemu: Sequence
     with running_guest(list(qemu) or dropin_words(), tmp=folder, extra=[*extra, *launch.options]) as guest:
         vm = SharedVm(launch, folder, guest)
         lease = Path(f"/run/qemu-userns/leases/{vm.uid(0)}") if launch.user is None else None
-        assert lease is None or lease.exists()
+        assert lease is None or is_held(lease)
         yield vm
-    end = time.monotonic() + 5
-    while lease is not None and lease.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert lease is None or not lease.exists()
+    assert lease is None or not lease.exists() or not is_held(lease)
 
 
 @contextlib.contextmanager

@@ -5,21 +5,17 @@ The launch must stop: nothing runs, one line says why, and no file, lease or pro
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import re
 import signal
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
+from integration.leftovers import is_held
 from integration.talk import IDLE, outcome, wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = [
     pytest.mark.qemu,
@@ -111,26 +107,6 @@ def assert_nothing_left(folder: Path, when: int) -> None:
     wait_until(lambda: {path.name for path in folder.iterdir()} <= {"share"}, f"all files gone after a fault at call {when}", 2)
     if os.geteuid() == 0:
         wait_until(lambda: not any(is_held(path) for path in LEASES.glob("*")), "the lease given back", 2)
-
-
-def is_held(lease: Path) -> bool:
-    """Tell whether somebody holds a lease."""
-    with lease.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-@pytest.fixture(autouse=True)
-def sweep(dropin: list[str]) -> Iterator[None]:
-    """Have the next launch remove the files of leases whose launcher was killed."""
-    before = set(LEASES.glob("*")) if os.geteuid() == 0 else set()
-    yield
-    if os.geteuid() == 0:
-        assert outcome(dropin, *IDLE, "-device", "nosuch")[0] == 1
-        wait_until(lambda: set(LEASES.glob("*")) <= before, "leases swept")
 
 
 def places(count: int) -> list[int]:

@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from integration.talk import DEADLINE_S, IDLE, UUID, Running, as_user, home_of, map_of, outcome, running, wait_until, words_of
+from integration.leftovers import is_held, processes
+from integration.talk import (
+    DEADLINE_S,
+    IDLE,
+    UUID,
+    Running,
+    as_user,
+    home_of,
+    map_of,
+    outcome,
+    running,
+    started,
+    wait_until,
+    words_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -175,9 +189,35 @@ def test_a_lease_is_given_back_however_qemu_ends(dropin: list[str], number: sign
 
 @pytest.mark.root
 def test_a_lease_is_given_back_when_qemu_does_not_start(dropin: list[str]) -> None:
-    before = set(LEASES.glob("*"))
+    pool = ("-userns", "pool=1000000000-1000065535")
+    for _ in range(2):
+        status, _, stderr = outcome(dropin, *IDLE, *pool, "-device", "nosuch")
+        assert (status, stderr.startswith("qemu-userns")) == (1, False)
+
+
+@pytest.mark.root
+def test_without_a_monitor_qemu_alone_holds_the_lease(dropin: list[str]) -> None:
+    before = processes()
+    with started([*dropin, *IDLE, "-userns", "pool=1000000000-1000065535"]) as process:
+        path = LEASES / "1000000000"
+        wait_until(lambda: "qemu-system" in os.readlink(f"/proc/{process.pid}/exe"), "QEMU runs")
+        wait_until(lambda: {pid for pid, _ in processes() - before} == {process.pid}, "no supervisor")
+        assert is_held(path)
+        process.kill()
+        process.wait()
+        assert not is_held(path)
     assert outcome(dropin, *IDLE, "-device", "nosuch")[0] == 1
-    wait_until(lambda: not set(LEASES.glob("*")) - before, "the lease given back")
+    assert not path.exists()  # the next launch has swept it
+
+
+@pytest.mark.root
+def test_a_qemu_that_gives_up_its_lock_shares_its_ids_with_nobody(dropin: list[str]) -> None:
+    pool = ("-userns", "pool=1000000000-1000065535")
+    with running(dropin, *pool) as qemu:
+        assert leased(qemu) == 1000000000
+        (LEASES / "1000000000").unlink()  # for the next launch it is as if it had closed the fd, and the file had been swept
+        status, _, stderr = outcome(dropin, *IDLE, *pool)
+        assert (status, stderr.partition("\n")[0]) == (1, "qemu-userns: ids: no free range of 65536")
 
 
 @pytest.mark.root

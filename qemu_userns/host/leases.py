@@ -4,8 +4,8 @@ A lease is the file RUN_DIR/leases/FIRST_ID, locked with flock(2). QEMU inherits
 lease back when QEMU is gone, however it died. A QEMU that a guest has taken over may unlock the file, though: a
 range is free only if its lock is obtained AND no process of the host has an id in it.
 
-The file is removed under its own lock. Who has opened it just before then locks a file that no longer has a name,
-sees so, and opens it anew.
+The file is removed under its own lock: by the supervisor at QEMU's end if there is one, else by the next launch that leases. Who
+has opened it just before then locks a file that no longer has a name, sees so, and opens it anew.
 """
 
 import errno
@@ -77,6 +77,7 @@ def lease_range(
     """
     directory = _open_lease_dir(run_dir, owner_uid)
     try:
+        _sweep(directory, run_dir)
         leased = _leased_ids(directory)
         uids: frozenset[int] | None = None
         for first in _candidates(pools, preferred):
@@ -131,21 +132,26 @@ def release(lease: Lease) -> None:
 
 
 def sweep_leases(run_dir: str, owner_uid: int = 0) -> None:
-    """Remove the files of leases that a crash left.
+    """Remove the files of leases that nobody holds any more.
 
     Raises:
         HostError: the run directory is not safe.
     """
     directory = _open_lease_dir(run_dir, owner_uid)
     try:
-        for first in _leased_ids(directory):
-            lease = _take(directory, run_dir, first)
-            if lease is not None:
-                release(lease)
+        _sweep(directory, run_dir)
     except OSError as err:
         raise HostError(f"{run_dir}/leases", f"cannot be swept: {err.strerror}") from err
     finally:
         os.close(directory)
+
+
+def _sweep(directory: int, run_dir: str) -> None:
+    """Do so in an open directory; raises OSError."""
+    for first in _leased_ids(directory):
+        lease = _take(directory, run_dir, first)
+        if lease is not None:
+            release(lease)
 
 
 def _allowed(first: int, taken: "tuple[IdRange, ...]", leased: "tuple[int, ...]") -> bool:

@@ -124,11 +124,14 @@ def _keep_for_incoming(draft: Draft, commandline: "CommandLine") -> None:
 
 
 def _reserve_fds(draft: Draft, leased: bool) -> None:
-    """Reserve numbers for the fds by which a lease, and what is to be removed, end with QEMU."""
+    """Reserve numbers for the fds by which a lease, and what is to be removed, end with QEMU.
+
+    A lease alone needs no supervisor: its lock ends with QEMU, and its file goes with the next launch.
+    """
     if leased:
         draft.add(Reserved("the lease of QEMU's ids ends when its last process does", "lease", draft.next_fd()))
     stays = (CreateDir, Listen, Monitor, QmpSocket)
-    if leased or any(isinstance(grant, stays) or getattr(grant, "temporary", False) for grant in draft.grants):
+    if any(isinstance(grant, stays) or getattr(grant, "temporary", False) for grant in draft.grants):
         draft.add(Reserved("its end tells the supervisor that QEMU has ended", "supervisor", draft.next_fd()))
 
 

@@ -258,6 +258,16 @@ def test_sweep_removes_only_what_is_free(run_dir: str) -> None:
     release(held)
 
 
+def test_the_next_lease_sweeps_what_nobody_holds(run_dir: str) -> None:
+    held = lease(run_dir, "a")
+    for name in ("1000000001", "1000000002"):
+        Path(run_dir, "leases", name).touch()
+    other = lease(run_dir, "b")
+    assert sorted(os.listdir(f"{run_dir}/leases")) == sorted([str(held.first_id), str(other.first_id)])
+    release(held)
+    release(other)
+
+
 @pytest.mark.parametrize("directory", ["", "leases"])
 @pytest.mark.parametrize("mode", [0o775, 0o757])
 def test_directory_that_others_may_change(run_dir: str, directory: str, mode: int) -> None:

@@ -244,10 +244,11 @@ def test_standard_fds_are_not_ours_to_keep() -> None:
     assert asked_for(plan_of("-chardev", "socket,id=c,fd=x")) == []
 
 
-def test_a_lease_and_a_pidfile_keep_the_supervisor() -> None:
+def test_a_pidfile_keeps_the_supervisor_and_a_lease_does_not() -> None:
     assert reserved() == ["ptmx"]
     assert reserved("-pidfile", "/x/new") == ["ptmx", "supervisor"]
-    assert reserved(root=True) == ["ptmx", "lease", "supervisor"]
+    assert reserved(root=True) == ["ptmx", "lease"]
+    assert reserved("-pidfile", "/x/new", root=True) == ["ptmx", "lease", "supervisor"]
     assert plan_of(root=True).identity is LEASED
 
 
