@@ -180,7 +180,7 @@ class Vm:
     @property
     def supervisor(self) -> int:
         """The supervisor's pid."""
-        command = "qemu_userns/supervisor/main.py"
+        command = "qemu-userns-supervisor"
         return next(
             pid for pid, (_, words) in process_table().items() if command in words and self.process.pid in watched_by(pid)
         )

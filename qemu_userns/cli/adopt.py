@@ -8,10 +8,10 @@ import time
 
 from qemu_userns.cli.vms import Vm, find_vm, is_supervised, read_vms
 from qemu_userns.errors import HostError, UsageError
-from qemu_userns.supervisor import main as supervisor_main
 from qemu_userns.supervisor import registry
 from qemu_userns.supervisor.process import PROGRAM
 
+_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(registry.__file__)), "main.py")
 _END_TIMEOUT_S = 5
 _PAUSE_S = 0.01
 
@@ -46,7 +46,7 @@ def adopt(words: "list[str]") -> int:
 def _start_supervisor(vm: Vm) -> bytes:
     """Start a supervisor that adopts a VM; return what it says when it cannot, nothing when it serves."""
     ours, theirs = os.pipe()
-    words = ["-I", "-S", supervisor_main.__file__, "adopt", os.path.dirname(vm.socket), str(vm.pid), str(theirs)]
+    words = ["-I", "-S", _SCRIPT, os.path.dirname(vm.socket), str(vm.pid), str(theirs)]
     try:
         subprocess.Popen(
             [f"{PROGRAM}: {vm.state.title}", *words],

@@ -1,59 +1,83 @@
-"""Make the bundle: the code of this program's modules in one file, for the drop-in entries of a directory."""
+"""Make the bundle: the code of this program's modules in one file, for the drop-in entries of a directory.
 
+The modules of a group are run together (loader.py); those that only some launches need have groups of their own.
+"""
+
+import ast
 import importlib.util
 import marshal
 import os
-import pkgutil
-
-import qemu_userns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import CodeType
 
 NAME = ".qemu-userns.bundle"
 LOADER = "qemu_userns.hooks.loader"
-# Not on the launch path, or on that of few command lines.
-_LEFT_OUT = (
-    "qemu_userns.catalogue.command",
-    "qemu_userns.catalogue.owners",
-    "qemu_userns.cli",
-    "qemu_userns.cmdline.hmp",
-    "qemu_userns.hooks.install",
-    "qemu_userns.hooks.bundle",
-    "qemu_userns.host.programs",
-    "qemu_userns.host.qemu_probe",
-    "qemu_userns.host.settings",
-    "qemu_userns.host.tcp",
-    "qemu_userns.plan.command",
-    "qemu_userns.qmp",
-    "qemu_userns.sandbox.running",
-    "qemu_userns.supervisor.",
-    LOADER,
+# What each group is for; it has all that this imports, unless an earlier group has it.
+_GROUPS = (
+    ("qemu_userns.hooks.dropin",),
+    (  # imported by launch.py once the supervisor is forked
+        "qemu_userns.host.opening",
+        "qemu_userns.planning",
+        "qemu_userns.sandbox.confine",
+        "qemu_userns.sandbox.namespaces",
+        "qemu_userns.sandbox.view",
+    ),
+    ("qemu_userns.host.usernamespace",),
+    ("qemu_userns.supervisor.state",),
+    ("qemu_userns.host.sockets",),
+    ("qemu_userns.host.newidmap",),
+    ("qemu_userns.host.leases",),
+    ("qemu_userns.supervisor.cleanup",),
+    ("qemu_userns.supervisor.life",),
+    ("qemu_userns.supervisor.server",),
+    ("qemu_userns.supervisor.hotplug",),
 )
-_KEPT = ("qemu_userns.supervisor.cleanup", "qemu_userns.supervisor.process", "qemu_userns.supervisor.state")
 
 
 def build_bundle() -> bytes:
-    """Return the bundle.
+    """Return the bundle: the interpreter's magic number and, marshalled, the loader's code and its GROUPS."""
+    groups = []
+    done: "set[str]" = set()
+    for names in _GROUPS:
+        members = [member for name in names for member in _list_needed(name, done)]
+        files = [(member, _find_file(member)) for member in members]
+        stats = tuple((file, status.st_mtime_ns, status.st_size) for _, file in files for status in [os.stat(file)])
+        code = marshal.dumps(tuple((member, file, _is_package(file), _compile(file)) for member, file in files))
+        groups.append((tuple(members), stats, code))
+    return importlib.util.MAGIC_NUMBER + marshal.dumps((_compile(_find_file(LOADER)), tuple(groups)))
 
-    It is the interpreter's magic number; the length of the head; the head, marshalled, with the loader's code and what it has to
-    know of each module; and the modules' code, one after the other.
-    """
-    modules = {}
-    code = b""
-    for found in [*pkgutil.walk_packages(qemu_userns.__path__, "qemu_userns."), None]:
-        name = "qemu_userns" if found is None else found.name
-        if name.startswith(_LEFT_OUT) and name not in _KEPT:
-            continue
-        file = _find_file(name)
-        status = os.stat(file)
-        is_package = os.path.basename(file) == "__init__.py"
-        start = len(code)
-        code += marshal.dumps(_compile(file))
-        modules[name] = (is_package, file, status.st_mtime_ns, status.st_size, start, len(code))
-    head = marshal.dumps((_compile(_find_file(LOADER)), modules))
-    return importlib.util.MAGIC_NUMBER + len(head).to_bytes(4, "little") + head + code
+
+def _list_needed(name: str, done: "set[str]") -> "Iterator[str]":
+    """Yield a module after those that it imports when it runs, but for those that are done; note them there."""
+    if name in done:
+        return
+    done.add(name)
+    parent = name.rpartition(".")[0]
+    if parent:
+        yield from _list_needed(parent, done)
+    for imported in _find_imports(name):
+        yield from _list_needed(imported, done)
+    yield name
+
+
+def _find_imports(name: str) -> "Iterator[str]":
+    """Yield the modules of this program that a module imports at its top level."""
+    with open(_find_file(name), "rb") as source:
+        tree = ast.parse(source.read())
+    for statement in tree.body:
+        if isinstance(statement, ast.Import):
+            yield from (alias.name for alias in statement.names if alias.name.startswith("qemu_userns"))
+        elif isinstance(statement, ast.ImportFrom) and statement.module and statement.module.startswith("qemu_userns"):
+            yield statement.module
+            inner = (f"{statement.module}.{alias.name}" for alias in statement.names)
+            yield from (found for found in inner if _is_package(_find_file(statement.module)) and importlib.util.find_spec(found))
+
+
+def _is_package(file: str) -> bool:
+    return os.path.basename(file) == "__init__.py"
 
 
 def _find_file(name: str) -> str:

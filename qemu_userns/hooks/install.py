@@ -25,10 +25,8 @@ try:
     with open({bundle!r}, "rb") as file:
         data = file.read()
     if data.startswith(MAGIC_NUMBER):
-        view = memoryview(data)[len(MAGIC_NUMBER) :]
-        end = 4 + int.from_bytes(view[:4], "little")
-        loader, modules = marshal.loads(view[4:end])
-        exec(loader, {{"BUNDLE": modules, "CODE": view[end:], "__name__": "qemu_userns.hooks.loader"}})
+        loader, groups = marshal.loads(memoryview(data)[len(MAGIC_NUMBER) :])
+        exec(loader, {{"GROUPS": groups, "__name__": "qemu_userns.hooks.loader"}})
 except OSError:
     pass  # the modules are imported one by one
 try:

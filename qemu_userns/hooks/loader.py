@@ -1,7 +1,9 @@
 """Import this program's modules from the one file that `qemu-userns install` makes (bundle.py).
 
-Runs in the drop-in entry, out of that file, with BUNDLE and CODE in sight. One file instead of sixty saves a third of the
-imports' time. A bundle that is older than a module is left alone, and the modules are imported one by one.
+Runs in the drop-in entry and in the supervisor's interpreter, out of that file, with its GROUPS in sight. To import modules one
+by one costs more than to run them: a search for each file, and the import system's own steps. So the modules of a group are
+read and run together, in an order in which each finds there what it imports. A group with a module that has changed since is
+left alone, and its modules are imported from their files.
 """
 
 import sys
@@ -13,42 +15,74 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import CodeType, ModuleType
 
-    # By name: is it a package, its file, the file's mtime in ns and size in bytes, where its code begins and ends in CODE.
-    BUNDLE: "dict[str, tuple[bool, str, int, int, int, int]]" = {}
-    CODE = memoryview(b"")
+    Group = tuple[tuple[str, ...], tuple[tuple[str, int, int], ...], bytes]
+    # Of each group: the names of its modules; their files with mtime in ns and size in bytes; and, marshalled, what
+    # they are: name, file, whether it is a package, and its code.
+    GROUPS: "tuple[Group, ...]" = ()
+
+_ModuleType = type(sys)
+_group_of = {name: group for group in GROUPS for name in group[0]}
 
 
 class BundleFinder:
-    """A finder and loader of importlib."""
+    """A finder and loader of importlib: at the first import of a module of a group, it runs all of them."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
         """Return the spec of a module that the bundle has."""
-        found = BUNDLE.get(name)
-        if found is None:
+        group = _group_of.get(name)
+        if group is None:
             return None
-        spec = ModuleSpec(name, BundleFinder, origin=found[1], is_package=found[0])  # type: ignore[arg-type]
-        spec.has_location = True
-        if found[0]:
-            spec.submodule_search_locations = [found[1].rpartition("/")[0]]
+        for member in group[0]:
+            del _group_of[member]
+        if not is_current(group[1]):
+            return None
+        spec = None
+        for member, file, is_package, code in loads(group[2]):
+            found = _build_spec(member, file, is_package)
+            if member == name:
+                spec = found
+            _run(found, code)
         return spec
 
     @staticmethod
-    def create_module(spec: ModuleSpec) -> None:
-        """Leave it to importlib."""
+    def create_module(spec: ModuleSpec) -> "ModuleType":
+        """Return the module, which has run."""
+        return sys.modules[spec.name]
 
     @staticmethod
     def exec_module(module: "ModuleType") -> None:
-        """Run the module's code."""
-        start, end = BUNDLE[module.__name__][4:]
-        code: CodeType = loads(CODE[start:end])
-        exec(code, module.__dict__)
+        """Do nothing: it has run."""
 
 
-def is_current() -> bool:
+def _build_spec(name: str, file: str, is_package: bool) -> ModuleSpec:
+    spec = ModuleSpec(name, BundleFinder, origin=file, is_package=is_package)  # type: ignore[arg-type]
+    spec.has_location = True
+    if is_package:
+        spec.submodule_search_locations = [file.rpartition("/")[0]]
+    return spec
+
+
+def _run(spec: ModuleSpec, code: "CodeType") -> None:
+    """Run a module, and leave it where an import finds it."""
+    module = _ModuleType(spec.name)
+    parent, _, last = spec.name.rpartition(".")
+    module.__spec__ = spec
+    module.__file__ = spec.origin
+    module.__package__ = parent
+    if spec.submodule_search_locations is not None:
+        module.__package__ = spec.name
+        module.__path__ = spec.submodule_search_locations
+    sys.modules[spec.name] = module
+    exec(code, module.__dict__)
+    if parent:
+        setattr(sys.modules[parent], last, module)
+
+
+def is_current(files: "tuple[tuple[str, int, int], ...]") -> bool:
     """Say whether every module is as it was when the bundle was made."""
     try:
-        for _, file, mtime_ns, size_bytes, _, _ in BUNDLE.values():
+        for file, mtime_ns, size_bytes in files:
             found = stat(file)
             if found.st_mtime_ns != mtime_ns or found.st_size != size_bytes:
                 return False
@@ -57,5 +91,4 @@ def is_current() -> bool:
     return True
 
 
-if is_current():
-    sys.meta_path.insert(0, BundleFinder)
+sys.meta_path.insert(0, BundleFinder)

@@ -22,6 +22,7 @@ PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 CLOSE_RANGE_CLOEXEC = 4
 FD_MAX = 0xFFFFFFFF
+_ARG_START = 48 - 3  # of /proc/PID/stat's fields, counted from 1, behind the name
 _CAPABILITY_VERSION_3 = 0x20080522
 
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID = 0, 1, 3, 4
@@ -80,6 +81,22 @@ def read_environ() -> "dict[str, str]":
     with open("/proc/self/environ", "rb") as file:
         words = os.fsdecode(file.read()).split("\0")
     return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def set_title(name: str, title: str) -> None:
+    """Show another name and command line of this process, and no environment: proc(5), comm, cmdline, environ.
+
+    A title that is longer than the command line was is cut.
+    """
+    with open("/proc/self/comm", "wb", buffering=0) as comm:
+        comm.write(os.fsencode(name))
+    with open("/proc/self/stat", "rb") as stat:
+        fields = stat.read().rpartition(b")")[2].split()
+    arg_start, arg_end, env_start, env_end = (int(field) for field in fields[_ARG_START : _ARG_START + 4])
+    with open("/proc/self/mem", "r+b", buffering=0) as memory:
+        for start, end, text in ((arg_start, arg_end, os.fsencode(title)), (env_start, env_end, b"")):
+            memory.seek(start)
+            memory.write(text[: end - start - 1].ljust(end - start, b"\0"))
 
 
 def prctl(option: int, *arguments: int) -> int:

@@ -10,7 +10,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_TOKEN = re.compile(
+# Most of these are texts, since compiling them takes a millisecond of the time to QEMU's greeting, and few messages need them;
+# `re` keeps what it has compiled.
+_TOKEN = (
     r"[ \t\r\n]*(?:([{}\[\]:,])"
     r'|("(?:[^"\\]++|\\.)*+"|' + r"'(?:[^'\\]++|\\.)*+')"
     r"|(-?(?:0(?![eE])|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?)"
@@ -19,8 +21,8 @@ _TOKEN = re.compile(
 _KEYWORDS = {"true": True, "false": False, "null": None}
 # What no string may hold: control characters, and what is no character in Unicode (surrogates are bytes that are no UTF-8).
 _NO_CHARACTERS = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
-_INVALID = re.compile("[\x00-\x1f\ud800-\udfff\ufdd0-\ufdef" + _NO_CHARACTERS + "]")
-_ESCAPE = re.compile(r"\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.))", re.DOTALL)
+_INVALID = "[\x00-\x1f\ud800-\udfff\ufdd0-\ufdef" + _NO_CHARACTERS + "]"
+_ESCAPE = r"(?s)\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.))"
 _SIMPLE = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "/": "/", "\\": "\\", '"': '"', "'": "'"}
 _ENCODED_NUL = "\udcc0\udc80"  # NUL in modified UTF-8, decoded with surrogateescape
 _PLAIN = re.compile(r"[ !#-\[\]-~]*")
@@ -89,8 +91,9 @@ def _begin_item(
 def _read_tokens(text: str) -> "Iterator[tuple[str, object]]":
     """Yield kind and value of each token: punctuation, "value", and without end "end"."""
     position = 0
+    find_token = re.compile(_TOKEN).match
     while True:
-        match = _TOKEN.match(text, position)
+        match = find_token(text, position)
         if match is None:
             raise DialectError("stray character")
         position = match.end()
@@ -119,10 +122,10 @@ def _decode_number(text: str) -> "int | float":
 
 def _decode_string(text: str) -> str:
     bare = text.replace(_ENCODED_NUL, "") if _ENCODED_NUL in text else text
-    if _INVALID.search(bare):
+    if re.search(_INVALID, bare):
         raise DialectError("invalid character in string")
     text = text.replace(_ENCODED_NUL, "\0") if bare is not text else text
-    return _ESCAPE.sub(_decode_escape, text) if "\\" in text else text
+    return re.sub(_ESCAPE, _decode_escape, text) if "\\" in text else text
 
 
 def _decode_escape(match: "re.Match[str]") -> str:
@@ -132,7 +135,7 @@ def _decode_escape(match: "re.Match[str]") -> str:
             raise DialectError("invalid escape sequence in string")
         return _SIMPLE[simple]
     point = int(code, 16) if code else 0x10000 + ((int(high, 16) & 0x3FF) << 10) + (int(low, 16) & 0x3FF)
-    if point and _INVALID.match(chr(point)) and point >= 0x20:
+    if point and re.match(_INVALID, chr(point)) and point >= 0x20:
         raise DialectError("not a valid Unicode character")
     return chr(point)
 

@@ -65,12 +65,16 @@ NEXT = tuple(_build_row(*_ROWS[state]) for state in range(LAST_STATE + 1))
 """NEXT[state][byte]: the next state, or what else."""
 
 
-def _build_run(state: int) -> "re.Pattern[bytes]":
-    stay = bytes(byte for byte in range(256) if NEXT[state][byte] == state)
-    return re.compile(b"[" + re.escape(stay) + b"]*" if stay else b"")
+class _Runs(dict[int, "re.Pattern[bytes]"]):
+    """Patterns by state, each compiled when it is needed: most commands need none."""
+
+    def __missing__(self, state: int) -> "re.Pattern[bytes]":
+        stay = bytes(byte for byte in range(256) if NEXT[state][byte] == state)
+        self[state] = found = re.compile(b"[" + re.escape(stay) + b"]*" if stay else b"")
+        return found
 
 
-RUN = tuple(_build_run(state) for state in range(LAST_STATE + 1))
+RUN = _Runs()
 """RUN[state] matches the bytes that stay in the state."""
 
 _STRING = rb'"[^"\\\x00-\x1f\xfe\xff]*"' + rb"|'[^'\\\x00-\x1f\xfe\xff]*'"
@@ -81,5 +85,8 @@ TOKENS = re.compile(rb"(?:[ \t\r\n,:]+|" + _STRING + rb"|" + _NUMBER + rb"){0,20
 _RUN = rb"(?>" + TOKENS.pattern + rb")"
 _INNER = rb"(?:\{" + _RUN + rb"\}|\[" + _RUN + rb"\])"
 _MIDDLE = rb"(?:\{" + _RUN + rb"(?:" + _INNER + _RUN + rb"){0,20}\}|\[" + _RUN + rb"(?:" + _INNER + _RUN + rb"){0,20}\])"
-MESSAGE = re.compile(rb"[ \t\r\n]*(\{" + _RUN + rb"(?:" + _MIDDLE + _RUN + rb"){0,20}\})[ \t\r\n]*")
-"""Exactly one object that is not nested deep, which is what clients send at a time: a short cut, as TOKENS."""
+MESSAGE = rb"[ \t\r\n]*(\{" + _RUN + rb"(?:" + _MIDDLE + _RUN + rb"){0,20}\})[ \t\r\n]*"
+"""Exactly one object that is not nested deep, which is what clients send at a time: a short cut, as TOKENS.
+
+A text, since compiling it takes a millisecond of the time to QEMU's greeting; `re` keeps what it has compiled.
+"""

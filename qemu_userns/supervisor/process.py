@@ -7,8 +7,9 @@ launcher tells of each file that it creates (`note`), says when it has joined th
 before execve. If the socket ends without COMMIT, the launcher has died, and all those files are removed.
 
 Where nothing is left to do once QEMU runs, the supervisor ends at COMMIT. Else `hand_over` brings the state of the VM and the
-fds to serve, and it becomes a clean interpreter (main.py) at once, so that nothing of the caller's command line is left in its
-own, while the launcher builds the view.
+fds to serve, and it goes on as life.py says, while the launcher builds the view. It executes nothing for that: a fresh
+interpreter would take as long to start, and to import again what is here, as QEMU takes to greet. What /proc shows of the
+caller's command line and environment is overwritten.
 """
 
 import os
@@ -31,6 +32,7 @@ PROGRAM = "qemu-userns-supervisor"
 READY = "ready"
 JOINED, COMMIT = "joined", "commit"
 _SIZE_BYTES = 65536
+_COMM_BYTES = 15
 _MOST_FDS = 253  # of one message: SCM_MAX_FD
 
 
@@ -162,8 +164,8 @@ def _run_child(channel: "Socket", answer: int, identity: "Identity", lease: str)
             holder.let_go()
         if os.fork() == 0:  # only now, while the launcher builds the view: it waits for the maps, and QEMU must have no child
             if fds:
-                _become_clean(title, [channel.fileno(), launcher, *fds])
-            if os.fsdecode(channel.recv(_SIZE_BYTES)) != COMMIT:
+                _stay(title, channel.detach(), launcher, fds)
+            elif os.fsdecode(channel.recv(_SIZE_BYTES)) != COMMIT:
                 _give_up(leftovers, lease)
     finally:
         os._exit(0)
@@ -225,9 +227,11 @@ def _read_messages(channel: "Socket") -> "Iterator[tuple[str, list[int]]]":
         yield os.fsdecode(data), [int.from_bytes(numbers[i : i + 4], sys.byteorder) for i in range(0, len(numbers), 4)]
 
 
-def _become_clean(title: str, fds: "list[int]") -> None:
-    """Execute main.py in a fresh interpreter; what it has to know goes in by a memfd, not by its command line."""
-    for fd in fds:
-        os.set_inheritable(fd, True)
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
-    os.execve(sys.executable, [f"{PROGRAM}: {title}", "-I", "-S", script, *map(str, fds)], {"PATH": os.defpath})
+def _stay(title: str, channel: int, launcher: int, fds: "list[int]") -> None:
+    """Be the supervisor of the VM that is handed over, until it ends; takes over the fds."""
+    process.set_title(PROGRAM[:_COMM_BYTES], f"{PROGRAM}: {title}")
+    os.environ.clear()
+    os.environ["PATH"] = os.defpath  # for what it runs (host/programs.py)
+    from qemu_userns.supervisor.life import supervise
+
+    supervise(channel, launcher, *fds)

@@ -17,12 +17,12 @@ ASK = """
 import sys
 sys.path += [{path!r}]
 import marshal
-data = open({bundle!r}, "rb").read()[{magic}:]
-end = 4 + int.from_bytes(data[:4], "little")
-loader, BUNDLE = marshal.loads(data[4:end])
-exec(loader, {{"BUNDLE": BUNDLE, "CODE": memoryview(data)[end:], "__name__": "loader"}})
-import qemu_userns.hooks.dropin as module
-print(getattr(module.__spec__.loader, "__name__", "a file"), module.__file__)
+loader, groups = marshal.loads(open({bundle!r}, "rb").read()[{magic}:])
+exec(loader, {{"GROUPS": groups, "__name__": "loader"}})
+import qemu_userns.hooks.dropin as early
+import qemu_userns.planning as late
+for module in (early, late):
+    print(getattr(module.__spec__.loader, "__name__", "a file"), module.__file__)
 """
 
 
@@ -34,11 +34,11 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ask(checkout: Path) -> str:
-    """Return how a module is imported in an interpreter that has the bundle."""
+def ask(checkout: Path) -> list[str]:
+    """Return how a module of the first group and one of the second are imported in an interpreter that has the bundle."""
     script = ASK.format(path=str(checkout), bundle=str(checkout / "bundle"), magic=len(importlib.util.MAGIC_NUMBER))
     done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    return done.stdout.splitlines()
 
 
 def make(checkout: Path) -> None:
@@ -49,27 +49,44 @@ def make(checkout: Path) -> None:
 
 def test_modules_come_from_the_bundle_and_have_their_files(checkout: Path) -> None:
     make(checkout)
-    assert ask(checkout) == f"BundleFinder {checkout}/qemu_userns/hooks/dropin.py"
+    files = [f"{checkout}/qemu_userns/{name}.py" for name in ("hooks/dropin", "planning")]
+    assert ask(checkout) == [f"BundleFinder {file}" for file in files]
 
 
-@pytest.mark.parametrize("change", ["time", "size", "gone"])
-def test_a_bundle_that_is_older_than_a_module_is_left_alone(checkout: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["time", "size"])
+def test_a_group_that_is_older_than_a_module_is_left_alone(checkout: Path, change: str) -> None:
     make(checkout)
-    module = checkout / "qemu_userns/host/images.py"
+    module = checkout / "qemu_userns/host/facts.py"
     if change == "time":
         os.utime(module, ns=(1, 1))
     elif change == "size":
         status = module.stat()
         module.write_text(module.read_text() + "\n")
         os.utime(module, ns=(status.st_atime_ns, status.st_mtime_ns))
-    else:
-        module.unlink()
-    assert ask(checkout) == f"a file {checkout}/qemu_userns/hooks/dropin.py"
+    early, late = ask(checkout)
+    assert early == f"BundleFinder {checkout}/qemu_userns/hooks/dropin.py"
+    assert late == f"a file {checkout}/qemu_userns/planning.py"
 
 
 def test_it_has_the_launch_path_and_no_tools() -> None:
     data = build_bundle()
     assert data.startswith(importlib.util.MAGIC_NUMBER)
-    _, modules = marshal.loads(data[len(importlib.util.MAGIC_NUMBER) + 4 :])
-    assert {"qemu_userns", "qemu_userns.launch", "qemu_userns.plan.build", "qemu_userns.supervisor.process"} <= modules.keys()
-    assert not [name for name in modules if name.startswith("qemu_userns.cli") or name == LOADER]
+    _, groups = marshal.loads(data[len(importlib.util.MAGIC_NUMBER) :])
+    first, second = ({*names} for names, _, _ in groups[:2])
+    assert {"qemu_userns", "qemu_userns.launch", "qemu_userns.supervisor.process"} <= first
+    assert {"qemu_userns.plan.build", "qemu_userns.sandbox.view"} <= second
+    names = [name for names, _, _ in groups for name in names]
+    assert len(names) == len(set(names))
+    assert not [name for name in names if name.startswith("qemu_userns.cli") or name == LOADER]
+
+
+def test_the_launch_path_imports_no_other_module() -> None:
+    """What a launch needs is read with the groups that are made for it, not file by file."""
+    data = build_bundle()
+    _, groups = marshal.loads(data[len(importlib.util.MAGIC_NUMBER) :])
+    early = {name for names, _, _ in groups[:2] for name in names}
+    script = f"import sys; sys.path.insert(0, {str(Path(qemu_userns.__file__).parents[1])!r})\n"
+    script += "import qemu_userns.hooks.dropin\n" + "".join(f"import {name}\n" for name in groups[1][0])
+    script += "print(*(name for name in sys.modules if name.startswith('qemu_userns')))"
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == early

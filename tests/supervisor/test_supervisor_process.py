@@ -20,7 +20,6 @@ from qemu_userns.host.leftovers import Leftover, decode, encode, remove
 from qemu_userns.plan.facts import Account, Caller
 from qemu_userns.plan.identity import DIRECT, SELF, Identity, MapEntry
 from qemu_userns.plan.plan import NO_HOST
-from qemu_userns.supervisor import main as supervisor_main
 from qemu_userns.supervisor.process import COMMIT, Supervisor, fork_supervisor
 from qemu_userns.supervisor.state import State, write_state
 from tests.forked import in_child
@@ -165,12 +164,14 @@ def test_after_commit_what_is_temporary_goes_at_the_end(tmp_path: Path) -> None:
     held = str(folder / "temporary")  # open, so that its inode number is not given to a file of the next VM
     try:
         in_launcher(launcher)
-        # Waiting, it has become main.py: its command line says nothing of the caller's.
+        # Waiting, it says nothing of the caller's command line and environment.
         wait_until(lambda: len(supervisors_of(held)) == 1)
         (pid,) = supervisors_of(held)
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
         assert command[0] == b"qemu-userns-supervisor: a name"
-        assert str(folder).encode() not in b" ".join(command)
+        assert not any(command[1:])
+        assert not Path(f"/proc/{pid}/environ").read_bytes().strip(b"\0")
+        assert Path(f"/proc/{pid}/comm").read_text() == "qemu-userns-sup\n"
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
         assert os.getsid(pid) != os.getsid(0)
         # Once the interpreter has started, it has read its memfd and closed it: the channel and a pidfd are left.
@@ -214,8 +215,8 @@ def test_with_nothing_to_do_it_ends_at_commit() -> None:
 
 
 @pytest.mark.parametrize("daemonizes", [False, True])
-def test_main_waits_for_the_end_of_qemu(tmp_path: Path, daemonizes: bool) -> None:
-    """main.py as it is started. QEMU's end is its process's; of a daemon, whose pid is not known, that of the channel."""
+def test_it_waits_for_the_end_of_qemu(tmp_path: Path, daemonizes: bool) -> None:
+    """QEMU's end is its process's; of a daemon, whose pid is not known, that of the channel."""
     folder = tmp_path.resolve()
     (folder / "file").touch()
     state = write_state(a_state(leftover(folder / "file"), daemonizes=daemonizes))
@@ -223,7 +224,8 @@ def test_main_waits_for_the_end_of_qemu(tmp_path: Path, daemonizes: bool) -> Non
     with subprocess.Popen(["sleep", "60"]) as qemu:
         pidfd = os.pidfd_open(qemu.pid)
         fds = (theirs.fileno(), pidfd, state)
-        command = [sys.executable, "-I", "-S", supervisor_main.__file__, *map(str, fds)]
+        script = "import sys; from qemu_userns.supervisor.life import supervise; supervise(*map(int, sys.argv[1:]))"
+        command = [sys.executable, "-c", script, *map(str, fds)]
         process = subprocess.Popen(command, pass_fds=fds)
         theirs.close()
         os.close(pidfd)

@@ -1,0 +1,122 @@
+"""What the supervisor does beside QEMU: it serves its monitors, and when QEMU has ended removes what must not stay."""
+
+import gc
+import os
+import time
+
+from qemu_userns.host.leftovers import hold
+from qemu_userns.supervisor.cleanup import clean_up
+from qemu_userns.supervisor.poller import IN, Poller
+from qemu_userns.supervisor.process import COMMIT
+from qemu_userns.supervisor.state import read_state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.supervisor.server import Server
+    from qemu_userns.supervisor.state import State
+
+_DRAIN_S = 0.08
+_MESSAGE_BYTES = 4096
+
+
+class Watch:
+    """Whether the VM still lives: by the launcher's channel before QEMU runs, by QEMU's pidfd afterwards."""
+
+    def __init__(self, poller: Poller, channel: "int | None", pidfd: int, daemonizes: bool) -> None:
+        """Watch; the fds are taken over.
+
+        Args:
+            poller: calls back.
+            channel: to the launcher, None where QEMU runs already.
+            pidfd: of the process that becomes QEMU.
+            daemonizes: that process ends, and a child of it is QEMU; its end is the channel's until its pid is known.
+        """
+        self.committed = channel is None
+        self.ended = False
+        self._poller, self._daemonizes, self._pidfd = poller, daemonizes, pidfd
+        if channel is not None:
+            self._channel = channel
+            poller.watch(channel, IN, self._hear)
+        if not daemonizes:
+            self._watch_process()
+
+    def learn_pid(self, pid: int) -> int:
+        """Take note of the pid of QEMU; return a pidfd of it, which stays this object's; raises OSError."""
+        if self._daemonizes:
+            pidfd = os.pidfd_open(pid)
+            os.close(self._pidfd)
+            self._daemonizes, self._pidfd = False, pidfd
+            self._watch_process()
+        return self._pidfd
+
+    def _watch_process(self) -> None:
+        self._poller.watch(self._pidfd, IN, lambda _: self._end())
+
+    def _hear(self, events: int) -> None:
+        """Wait for COMMIT, then for the end; what QEMU may say here means nothing."""
+        if not self.committed and events & IN and os.read(self._channel, _MESSAGE_BYTES) == COMMIT.encode():
+            self.committed = True
+            self._poller.watch(self._channel, 0, self._hear)
+        elif not self.committed or self._daemonizes:
+            self._end()
+        else:
+            self._poller.unwatch(self._channel)  # closed, but QEMU's process is there
+
+    def _end(self) -> None:
+        self.ended = True
+
+
+def run(state: "State", watch: Watch, poller: Poller, server: "Server | None") -> None:
+    """Serve until QEMU ends, then remove what must not stay."""
+    leftovers = state.leftovers
+    for item in leftovers:
+        if item.temporary:
+            hold(item)
+    while not watch.ended:
+        poller.run_once()
+    if server is not None:
+        server.stop_listening()  # who comes now wants the VM that is started next on the same path
+        deadline = time.monotonic() + _DRAIN_S
+        while server.has_more() and time.monotonic() < deadline:
+            poller.run_once(deadline - time.monotonic())
+        leftovers = server.close()
+    clean_up([item for item in leftovers if item.temporary or not watch.committed], state.lease)
+
+
+def supervise(channel: int, launcher: int, state_fd: int, *served: int) -> None:
+    """Be the supervisor of one VM from its launch on.
+
+    Args:
+        channel: the socket to the launcher, whose other end QEMU keeps.
+        launcher: a pidfd of it.
+        state_fd: a memfd with the state of the VM.
+        served: the fds to serve (state.py).
+    """
+    state = read_state(state_fd)
+    poller = Poller()
+    watch = Watch(poller, channel, launcher, state.daemonizes)
+    server = None
+    if state.monitors:
+        from qemu_userns.supervisor.server import Server
+
+        server = Server(state, poller, watch.learn_pid)
+        server.serve(list(served))
+    gc.freeze()  # what was imported stays
+    gc.enable()  # the launcher switched it off
+    run(state, watch, poller, server)
+
+
+def adopt(directory: str, pid: int, ready: int) -> None:
+    """Be the supervisor of a VM that has lost its own; say over a pipe what is wrong, and by its end that all is well."""
+    from qemu_userns.errors import QemuUsernsError, format_error
+    from qemu_userns.supervisor.adoption import take_over
+
+    poller = Poller()
+    try:
+        state, pidfd, server = take_over(directory, pid, poller)
+    except (QemuUsernsError, OSError) as err:
+        text = format_error(err) if isinstance(err, QemuUsernsError) else f"qemu-userns: {pid}: {err}\n"
+        os.write(ready, text.encode(errors="backslashreplace"))
+        return
+    os.close(ready)
+    run(state, Watch(poller, None, pidfd, daemonizes=False), poller, server)
