@@ -103,8 +103,6 @@ class Prepared(Record):
     """(name, fd): for getfd."""
     handed: int = 0
     """The supervisor's number for all of it, for `Release` and `Keep`; 0 is none."""
-    one_shot: bool = False
-    """Nothing of it is in use after the reply."""
 
 
 class Refused(Record):

@@ -61,7 +61,7 @@ class Client:
         self.busy = False
         """A command of it is being prepared or is at QEMU."""
         self.listed = False
-        """It is in the session's list of those whose turn comes."""
+        """It is in line."""
         self.prepared: tuple[Opening, Prepared] | None = None
         """A command that is prepared and waits for QEMU."""
         self.pending: int | None = None
@@ -120,6 +120,35 @@ class Client:
         self._turns.clear()
         self.oob_waiting.clear()
         return tuple(fds)
+
+
+class Line:
+    """Clients that can be served, each once, in the order of their turns."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._clients: deque[Client] = deque()
+
+    def __bool__(self) -> bool:
+        """Tell whether anybody is there."""
+        return bool(self._clients)
+
+    def add(self, client: Client) -> None:
+        """Put a client that can be served at the end."""
+        if not client.listed and client.has_work():
+            client.listed = True
+            self._clients.append(client)
+
+    def pop(self) -> Client:
+        """Take the first one out."""
+        client = self._clients.popleft()
+        client.listed = False
+        return client
+
+    def remove(self, client: Client) -> None:
+        """Take out a client that leaves, if it is there."""
+        if client.listed:
+            self._clients.remove(client)
 
 
 def measure(turn: Turn) -> int:

@@ -15,7 +15,7 @@ from qemu_userns.qmp.message import (
     get_dict,
     not_found,
 )
-from qemu_userns.qmp.shared import Chore, restore_names
+from qemu_userns.qmp.shared import Chore, is_own, restore_names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _add_fd(shared: "Shared", client: "Client", command: "Command") -> "Job":
         yield from _relay(shared, client, command)
         return
     fds = client.replace_pending(None)
-    if fds and shared.is_own(fdset):
+    if fds and is_own(fdset):
         shared.close(fds)
         shared.tell_error(client, GENERIC, not_found(f"fdset-id:{fdset}"), command.id)
         return
@@ -148,7 +148,7 @@ def _remove_fd(shared: "Shared", client: "Client", command: "Command") -> "Job":
     """Pass remove-fd on, except of an fdset of ours."""
     fdset, fd = command.arguments.get("fdset-id"), command.arguments.get("fd", 0)
     known = command.arguments.keys() <= {"fdset-id", "fd"}
-    if not known or isinstance(fd, bool) or not isinstance(fd, int) or fd not in INT64 or not shared.is_own(fdset):
+    if not known or isinstance(fd, bool) or not isinstance(fd, int) or fd not in INT64 or not is_own(fdset):
         yield from _relay(shared, client, command)
         return
     what = f"fdset-id:{fdset}, fd:{fd}" if "fd" in command.arguments else f"fdset-id:{fdset}"
@@ -161,7 +161,7 @@ def _query_fdsets(shared: "Shared", client: "Client", command: "Command") -> "Jo
     line = reply.line
     fdsets = reply.value.get("return")
     if isinstance(fdsets, list):
-        shown = [fdset for fdset in fdsets if not (isinstance(fdset, dict) and shared.is_own(fdset.get("fdset-id")))]
+        shown = [fdset for fdset in fdsets if not (isinstance(fdset, dict) and is_own(fdset.get("fdset-id")))]
         if len(shown) != len(fdsets):
             line = build_return(shown, command.id, shared.pretty)
     shared.tell(client, line)
@@ -235,7 +235,7 @@ def hand_over(shared: "Shared", opening: "Opening", prepared: "Prepared") -> "Jo
         done += 1
     if done == len(given) and not client.gone:
         shared.failed = False
-        shared.awaited = None if prepared.one_shot else shared.rules.owner_of(opening.command.name, opening.command.arguments)
+        shared.awaited = shared.rules.owner_of(opening.command.name, opening.command.arguments)
         reply = yield prepared.text, ()
         owner, shared.awaited = shared.awaited, None
         if reply.kind == "return":

@@ -13,10 +13,8 @@ what the client sent. Clients take turns. What happens when somebody leaves:
 QEMU is not trusted: what it sends that makes no sense ends the session, and it cannot make this hold more than bounds say.
 """
 
-from collections import deque
-
 from qemu_userns.qmp.actions import CloseClient, Log, Prepare, Prepared, SendQemu
-from qemu_userns.qmp.clients import Client, Opening, Turn, list_fds
+from qemu_userns.qmp.clients import Client, Line, Opening, Turn, list_fds
 from qemu_userns.qmp.jobs import greet, hand_over, negotiate, pass_malformed, run_command, take_back
 from qemu_userns.qmp.message import (
     GENERIC,
@@ -47,31 +45,22 @@ if TYPE_CHECKING:
 class Session:
     """See the module. Each method returns what is to be done, in order."""
 
-    def __init__(
-        self,
-        token: str,
-        own_fdsets: "frozenset[int]",
-        pretty: bool,
-        rules: "Rules",
-        device_names: "DeviceNames" = dict,
-    ) -> None:
+    def __init__(self, token: str, pretty: bool, rules: "Rules", device_names: "DeviceNames" = dict) -> None:
         """Begin before QEMU's greeting.
 
         Args:
             token: random printable ASCII without quotes or backslashes, new for each session; marks the ids of our own.
-            own_fdsets: fdsets that QEMU was started with and that are no client's business, besides OWN_FDSET_BASE and up.
             pretty: the monitor prints on several lines.
             rules: what the catalogue knows.
             device_names: what query-chardev shows for the monitors that we serve, by label.
         """
-        self._shared = Shared(token, own_fdsets, pretty, rules, device_names)
+        self._shared = Shared(token, pretty, rules, device_names)
         self._oob = OutOfBand(self._shared)
         self._replies = ReplyStream(pretty)
         self._greeting: bytes | None = None
         self._closed = False
         self._clients: dict[int, Client] = {}
-        self._turns: deque[Client] = deque()
-        """Clients that can be served, each once."""
+        self._line = Line()
         self._job: Job | None = None
         self._job_client: Client | None = None
         self._openings: dict[int, Opening] = {}
@@ -105,7 +94,7 @@ class Session:
         if fds:
             self._shared.close(fds[1:])
             found.push(Turn(fd=fds[0]))
-            self._list(found)
+            self._line.add(found)
         for item in found.stream.feed(data):
             self._accept(found, item)
         self._pump()
@@ -141,7 +130,7 @@ class Session:
             self._shared.tell_error(opening.client, prepared.error_class, prepared.desc, opening.command.id)
         if opening and not lost:
             opening.client.busy = False
-            self._list(opening.client)
+            self._line.add(opening.client)
             self._pump()
         return self._flush()
 
@@ -188,18 +177,11 @@ class Session:
                     self._oob.push(client, command)
                 return
             client.push(Turn(command))
-        self._list(client)
-
-    def _list(self, client: Client) -> None:
-        """Put a client that can be served at the end of the list."""
-        if not client.listed and client.has_work():
-            client.listed = True
-            self._turns.append(client)
+        self._line.add(client)
 
     def _drop(self, client: Client) -> None:
         """Give up everything of a client that leaves."""
-        if client.listed:
-            self._turns.remove(client)
+        self._line.remove(client)
         self._oob.forget(client)
         if client.prepared:
             self._shared.release(client.prepared[1].handed, failed=True)
@@ -214,12 +196,11 @@ class Session:
         while self._job is None:
             if self._shared.chores:
                 self._start(take_back(self._shared, self._shared.chores.popleft()), None)
-            elif self._turns:
-                client = self._turns.popleft()
-                client.listed = False
+            elif self._line:
+                client = self._line.pop()
                 if client.has_work():
                     self._serve(client)
-                    self._list(client)
+                    self._line.add(client)
             else:
                 return
 
@@ -241,7 +222,7 @@ class Session:
                 for command in client.take_oob() if client.oob else ():
                     if self._is_allowed(client, command):
                         self._oob.push(client, command)
-                self._list(client)
+                self._line.add(client)
             return
         if data:
             self._shared.actions.append(SendQemu(data, fds))

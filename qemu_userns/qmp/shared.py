@@ -52,9 +52,7 @@ class Chore(Record):
 class Shared:
     """See the module."""
 
-    def __init__(
-        self, token: str, own_fdsets: "frozenset[int]", pretty: bool, rules: "Rules", device_names: "DeviceNames"
-    ) -> None:
+    def __init__(self, token: str, pretty: bool, rules: "Rules", device_names: "DeviceNames") -> None:
         """Begin with nothing known of QEMU."""
         self.device_names = device_names
         self.token = token
@@ -76,7 +74,6 @@ class Shared:
         """Whether the command that needs it can have had no success, if QEMU goes now."""
         self.awaited: Owner | None = None
         """Whose making is at QEMU; an event may say that it has gone before the reply says that it was made: a short job."""
-        self._own_fdsets = own_fdsets
         self._owners: dict[Owner, list[Held]] = {}
         self._number = 0
         self._logged: set[str] = set()
@@ -128,10 +125,6 @@ class Shared:
     def get_holder(self, client: "Client") -> "int | None":
         """Return whose the client's fd names are by now."""
         return None if client.gone else client.number
-
-    def is_own(self, fdset: object) -> bool:
-        """Tell whether a number is that of an fdset of ours."""
-        return isinstance(fdset, int) and (fdset >= OWN_FDSET_BASE or fdset in self._own_fdsets)
 
     def rewrite(self, client: "Client", command: "Command") -> Rewritten:
         """Return a command's text with the getfd names as they are at QEMU."""
@@ -186,6 +179,11 @@ class Shared:
             self.actions.append(Removed(owner))
         for held in found or ():
             self.chores.append(Chore(held.fdsets, (), held.handed))
+
+
+def is_own(fdset: object) -> bool:
+    """Tell whether a number is that of an fdset of ours."""
+    return isinstance(fdset, int) and fdset >= OWN_FDSET_BASE
 
 
 def takes_rules(command: "Command") -> bool:

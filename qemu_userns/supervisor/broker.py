@@ -70,7 +70,7 @@ class Host:
 class Broker:
     """A monitor, from the first client to QEMU's end."""
 
-    def __init__(self, host: Host, monitor: "Monitor", way_in: int, rules: "Rules", own_fdsets: "frozenset[int]") -> None:
+    def __init__(self, host: Host, monitor: "Monitor", way_in: int, rules: "Rules") -> None:
         """Prepare to serve a monitor.
 
         Args:
@@ -78,13 +78,12 @@ class Broker:
             monitor: what to serve.
             way_in: fd of the private socket's inode; taken over.
             rules: which commands are the opener's.
-            own_fdsets: which no client shall see.
         """
         self.monitor = monitor
         self.ended = False  # QEMU has closed its end
         self._host, self._way_in = host, way_in
         token = os.urandom(_TOKEN_BYTES).hex()
-        self._session = Session(token, own_fdsets, monitor.pretty, rules, host.find_device_names)
+        self._session = Session(token, monitor.pretty, rules, host.find_device_names)
         self._qemu: "Connection | None" = None
         self._clients: "dict[int, Connection]" = {}
         self._listeners: "list[int]" = []

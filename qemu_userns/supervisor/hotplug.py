@@ -84,7 +84,6 @@ def open_command(job: Job) -> "tuple[Plain, list[int]]":
         "fdsets": [[fdset, opaque] for fdset, _, opaque in fdsets],
         "names": [name for name, _ in names],
         "handed": to_plain(handed),
-        "one_shot": False,
     }
     return answer, [*(opened.fds[number] for _, number, _ in fdsets), *(opened.fds[number] for _, number in names)]
 

@@ -79,7 +79,7 @@ class Opener:
             self._handed[number] = from_plain(result["handed"], CLASSES)
             fdsets = tuple((fdset, fd, opaque) for (fdset, opaque), fd in zip(result["fdsets"], fds, strict=False))
             names = tuple(zip(result["names"], fds[len(fdsets) :], strict=True))
-            answer(action.ticket, Prepared(result["text"], fdsets, names, number, result["one_shot"]))
+            answer(action.ticket, Prepared(result["text"], fdsets, names, number))
             self._sweep()
 
         start_worker(self._poller, work, done, _TIMEOUT_S, (self._lock, self.pidfd))

@@ -58,7 +58,7 @@ class Server:
         left = list(fds)
         for monitor in self._name_sockets(left):
             public = [left.pop(0) for _ in range(monitor.public_count)]
-            broker = Broker(self._host, monitor, left.pop(0), RULES, frozenset())
+            broker = Broker(self._host, monitor, left.pop(0), RULES)
             self._brokers.append(broker)
             self._serve(broker, public)
         by_label = {broker.monitor.label: broker for broker in self._brokers}

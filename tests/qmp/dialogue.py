@@ -46,9 +46,9 @@ def find_gone(name: str, data: dict[str, object]) -> tuple[str, str] | None:
 RULES = Rules(lambda command: command.name in ("blockdev-add", "screendump"), find_owner, find_removed, find_gone, find_fd_names)
 
 
-def start(*clients: int, policy: Policy = FULL, pretty: bool = False, own: Sequence[int] = ()) -> Session:
+def start(*clients: int, policy: Policy = FULL, pretty: bool = False) -> Session:
     """Return a session that is ready, with clients that have negotiated."""
-    session = Session(TOKEN, frozenset(own), pretty, RULES)
+    session = Session(TOKEN, pretty, RULES)
     assert session.receive_qemu(GREETING)
     assert session.receive_qemu(b'{"return": {}, "id": "token-1"}\r\n') == []
     for client in clients:
@@ -122,7 +122,7 @@ class Brokered:
 
     def __init__(self, path: Path, pretty: bool = False, rules: Rules = RULES) -> None:
         self._socket = connect(path)
-        self.session = Session(os.urandom(8).hex(), frozenset(), pretty, rules)
+        self.session = Session(os.urandom(8).hex(), pretty, rules)
         self.client = 0
         self.output: dict[int, bytes] = {}
         self.actions: list[Action] = []

@@ -54,7 +54,7 @@ class Machine:
     """A session, and what it was given and has given back."""
 
     def __init__(self, pretty: bool = False) -> None:
-        self.session = Session(TOKEN, frozenset([3]), pretty, RULES)
+        self.session = Session(TOKEN, pretty, RULES)
         self.given: list[int] = []
         self.back: list[int] = []
         self.handed: list[int] = []
@@ -120,7 +120,7 @@ class Machine:
         fdsets = tuple((2_000_000_000 + number(2), self.new_fd(), "o" * number(2)) for _ in range(number(4)))
         names = tuple((f"ours{index}", self.new_fd()) for index in range(number(3)))
         self.handed.append(len(self.handed) + 1)
-        self.do(self.session.answer(ticket, Prepared(b'{"execute":"x"}', fdsets, names, len(self.handed), not number(3))))
+        self.do(self.session.answer(ticket, Prepared(b'{"execute":"x"}', fdsets, names, len(self.handed))))
 
     def new_fd(self) -> int:
         self.given.append(len(self.given) + 100)

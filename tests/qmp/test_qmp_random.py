@@ -55,7 +55,7 @@ def test_clients_that_come_and_go_leave_nothing() -> None:
         session.receive_client(number, b'{"execute":"getfd","arguments":{"fdname":"a"}}{"exec', (number,))
         session.close_client(number)
     assert not session._clients
-    assert not session._turns
+    assert not session._line
 
 
 @pytest.mark.slow

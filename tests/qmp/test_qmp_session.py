@@ -45,7 +45,7 @@ def getfd(name: str) -> bytes:
 
 
 def test_the_session_negotiates_and_clients_get_qemus_greeting() -> None:
-    session = Session(TOKEN, frozenset(), False, RULES)
+    session = Session(TOKEN, False, RULES)
     assert session.open_client(1, FULL) == []
     assert session.receive_client(1, STATUS, ()) == []
     assert session.receive_qemu(GREETING[:9]) == []
@@ -59,7 +59,7 @@ def test_the_session_negotiates_and_clients_get_qemus_greeting() -> None:
 
 
 def test_capabilities_that_qemu_does_not_offer() -> None:
-    session = Session(TOKEN, frozenset(), False, RULES)
+    session = Session(TOKEN, False, RULES)
     actions = session.receive_qemu(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
     assert actions == [SendQemu(b'{"execute": "qmp_capabilities", "id": "token-1"}')]
     session.receive_qemu(DONE)
@@ -256,31 +256,32 @@ def test_names_left_behind_are_replaced_as_by_qemu() -> None:
 
 
 def test_fdsets_of_ours_are_not_seen() -> None:
-    session = start(1, own=[3])
+    session = start(1)
     query = b'{"execute": "query-fdsets", "id": 1}'
     session.receive_client(1, query, ())
     sets = b'{"fds": [{"fd": 5}], "fdset-id": %d}'
-    listed = b", ".join(sets % number for number in (1, 3, 2_000_000_000))
+    listed = b", ".join(sets % number for number in (1, 2_000_000_000, 2_000_000_001))
     shown = b'{"return": [' + sets % 1 + b'], "id": 1}\r\n'
     assert session.receive_qemu(b'{"return": [' + listed + b'], "id": 1}\r\n') == [SendClient(1, shown)]
-    for number in (3, 2_000_000_000):
+    for number in (2_000_000_000, 2_000_000_001):
         add = b'{"execute":"add-fd","arguments":{"fdset-id":%d}}' % number
         not_found = error(f"File descriptor named 'fdset-id:{number}' not found")
         assert session.receive_client(1, add, (10,)) == [CloseFds((10,)), SendClient(1, not_found)]
         assert session.receive_client(1, add.replace(b"add", b"remove"), ()) == [SendClient(1, not_found)]
-    remove = b'{"execute":"remove-fd","arguments":{"fdset-id":3,"fd":4}}'
-    assert session.receive_client(1, remove, ()) == [SendClient(1, error("File descriptor named 'fdset-id:3, fd:4' not found"))]
-    other = b'{"execute":"remove-fd","arguments":{"fdset-id":4}}'
+    remove = b'{"execute":"remove-fd","arguments":{"fdset-id":2000000000,"fd":4}}'
+    not_found = error("File descriptor named 'fdset-id:2000000000, fd:4' not found")
+    assert session.receive_client(1, remove, ()) == [SendClient(1, not_found)]
+    other = b'{"execute":"remove-fd","arguments":{"fdset-id":3}}'
     assert session.receive_client(1, other, ()) == [SendQemu(other)]
 
 
-def prepared(one_shot: bool = False) -> Prepared:
-    return Prepared(READY, ((7, 20, "ro"), (7, 21, "rw"), (8, 22, "")), (("name", 23),), 5, one_shot)
+def prepared() -> Prepared:
+    return Prepared(READY, ((7, 20, "ro"), (7, 21, "rw"), (8, 22, "")), (("name", 23),), 5)
 
 
-def prepare(session: Session) -> int:
-    actions = session.receive_client(1, ADD, ())
-    assert actions == [Prepare(1, 1, "blockdev-add", ADD.decode())]
+def prepare(session: Session, name: str = "blockdev-add", said: bytes = ADD) -> int:
+    actions = session.receive_client(1, said, ())
+    assert actions == [Prepare(1, 1, name, said.decode())]
     return 1
 
 
@@ -320,7 +321,8 @@ def test_what_a_command_names_is_handed_over_first_and_kept() -> None:
 
 def test_what_nothing_holds_after_the_reply_is_taken_back() -> None:
     session = start(1)
-    steps(session, prepare(session), prepared(one_shot=True))
+    ticket = prepare(session, "screendump", b'{"execute":"screendump","arguments":{"filename":"/s"}}')
+    steps(session, ticket, prepared())
     actions = session.receive_qemu(DONE)
     assert actions[0] == SendClient(1, DONE)
     assert take_back(session, actions[1:]) == ["remove-fd", "remove-fd", "closefd", "release 5"]
@@ -503,7 +505,7 @@ def test_replies_that_nobody_waits_for_and_greetings_are_logged_once() -> None:
 
 
 def test_qemu_that_refuses_the_session_ends_it() -> None:
-    session = Session(TOKEN, frozenset(), False, RULES)
+    session = Session(TOKEN, False, RULES)
     session.receive_qemu(GREETING)
     assert session.receive_qemu(ERROR) == [Log("QEMU refuses its own capabilities")]
 
