@@ -1,11 +1,10 @@
 """One QMP monitor of QEMU's and its clients: the sockets around a Session (qmp/session.py)."""
 
 import os
-import stat
-from _socket import AF_UNIX, SO_DOMAIN, SO_PASSCRED, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
+from _socket import AF_UNIX, SO_PASSCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
 from collections import deque
 
-from qemu_userns.plan.grants import FD, LISTEN, STDIO
+from qemu_userns.plan.grants import CONNECT, FD, LISTEN, STDIO
 from qemu_userns.plan.rights import READ_ONLY
 from qemu_userns.qmp.actions import (
     OUTPUT_MAX_BYTES,
@@ -23,7 +22,8 @@ from qemu_userns.qmp.policy import Policy
 from qemu_userns.qmp.session import Session
 from qemu_userns.supervisor.connection import Connection
 from qemu_userns.supervisor.devices import describe_device
-from qemu_userns.supervisor.poller import IN
+from qemu_userns.supervisor.listener import Listener
+from qemu_userns.supervisor.peers import find_stranger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,12 +33,11 @@ if TYPE_CHECKING:
     from qemu_userns.plan.rights import Rights
     from qemu_userns.qmp.actions import Action, Owner, Rules
     from qemu_userns.supervisor.opener import Opener
+    from qemu_userns.supervisor.peers import Peers
     from qemu_userns.supervisor.poller import Poller
 
 _MOST_CLIENTS = 128
 _TOKEN_BYTES = 12
-_SIZE_OF_UCRED = 12
-_FULL_PAUSE_S = 0.25
 
 
 class Host:
@@ -48,6 +47,7 @@ class Host:
         self,
         poller: "Poller",
         opener: "Opener",
+        peers: "Peers",
         log: "Callable[[str], None]",
         tell_pid: "Callable[[int], None]",
         tell_removed: "Callable[[Broker, Owner], None]",
@@ -58,13 +58,14 @@ class Host:
         Args:
             poller: calls back.
             opener: opens what commands name.
+            peers: tells clients from QEMU.
             log: takes a line.
             tell_pid: told QEMU's pid, as the kernel says it, whenever QEMU speaks.
             tell_removed: told of an object that is gone, and that another monitor may have got something for.
             find_device_names: what QEMU would call the character devices of the monitors, by label.
         """
-        self.find_device_names = find_device_names
-        self.poller, self.opener, self.log, self.tell_pid, self.tell_removed = poller, opener, log, tell_pid, tell_removed
+        self.poller, self.opener, self.peers, self.log = poller, opener, peers, log
+        self.tell_pid, self.tell_removed, self.find_device_names = tell_pid, tell_removed, find_device_names
 
 
 class Broker:
@@ -86,7 +87,7 @@ class Broker:
         self._session = Session(token, monitor.pretty, rules, host.find_device_names)
         self._qemu: "Connection | None" = None
         self._clients: "dict[int, Connection]" = {}
-        self._listeners: "list[int]" = []
+        self._listeners: "list[Listener]" = []
         self._own_clients: "set[int]" = set()  # on the monitor's own socket, not on another of ours
         self._paused: "set[int]" = set()  # clients that are not read from for now
         self._ending: "set[int]" = set()  # clients that say no more, and still have answers to come
@@ -94,7 +95,6 @@ class Broker:
         self._lost: "dict[int, Callable[[], None]]" = {}
         self._todo: "deque[Action]" = deque()
         self._at_work = False
-        self._full = False  # the last client could not be accepted
         self._last_client = 0
 
     def serve(self, public: "list[int]", lost: "Callable[[], None]") -> None:
@@ -127,7 +127,7 @@ class Broker:
 
     def join(self, public: "Sequence[int]", lost: "Callable[[], None]") -> None:
         """Take the one client of a monitor that does not listen, if it may be one; see `serve`."""
-        if self._admits(public[0], self.monitor.rights):
+        if self._admits(public[0], self.monitor.rights, known=self.monitor.kind != CONNECT):
             self.add_client(public[0], public[-1], self.monitor.rights, lost)
             return
         for fd in set(public):
@@ -136,13 +136,11 @@ class Broker:
 
     def listen(self, fd: int, rights: "Rights", own: bool = False) -> None:
         """Take the clients of a listening socket, which may be the monitor's own; takes it over."""
-        os.set_blocking(fd, False)  # as QEMU does: another process may have it too, and take the client first
-        self._listeners.append(fd)
-        self._watch_listener(fd, rights, own)
 
-    def _watch_listener(self, fd: int, rights: "Rights", own: bool) -> None:
-        if fd in self._listeners:
-            self._host.poller.watch(fd, IN, lambda _: self._accept(fd, rights, own))
+        def take(client: int) -> None:
+            self._take(client, rights, own)
+
+        self._listeners.append(Listener(self._host.poller, fd, take, self._log))
 
     def add_client(self, read_fd: int, write_fd: int, rights: "Rights", lost: "Callable[[], None] | None" = None) -> None:
         """Take a client; its fds are taken over."""
@@ -177,9 +175,8 @@ class Broker:
 
     def stop_listening(self) -> None:
         """Take no more clients."""
-        for fd in self._listeners:
-            self._host.poller.unwatch(fd)
-            os.close(fd)
+        for listener in self._listeners:
+            listener.close()
         self._listeners.clear()
 
     def close(self) -> None:
@@ -192,23 +189,9 @@ class Broker:
         if self._qemu is not None:
             self._qemu.close()
 
-    def _accept(self, fd: int, rights: "Rights", own: bool) -> None:
-        listener = socket(fileno=fd)
-        try:
-            client, _ = listener._accept()  # type: ignore[attr-defined]
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as err:  # no fds or no memory are left: it waits, as with plain QEMU a second client does
-            if not self._full:
-                self._log(f"no client can be accepted: {err.strerror}")
-            self._full = True
-            self._host.poller.unwatch(fd)
-            self._host.poller.call_later(_FULL_PAUSE_S, lambda: self._watch_listener(fd, rights, own))
-            return
-        finally:
-            listener.detach()
-        self._full = False
-        if not self._admits(client, rights):
+    def _take(self, client: int, rights: "Rights", own: bool) -> None:
+        """Take a client of a listening socket, if it may be one."""
+        if not self._admits(client, rights, known=False):
             os.close(client)
             return
         if len(self._clients) + len(self._leaving) >= _MOST_CLIENTS:
@@ -221,14 +204,18 @@ class Broker:
         if own:
             self._own_clients.add(self._last_client)
 
-    def _admits(self, fd: int, rights: "Rights") -> bool:
-        """Tell whether who is at the other end may be a client; a peer that has no uid may not where users are named."""
-        uid = find_peer_uid(fd) if rights.users else None
-        if not rights.users or uid in rights.users:
-            return True
-        peer = "without a uid" if uid is None else f"of uid {uid}"
-        self._log(f"a client {peer} is turned away, as the settings say")
-        return False
+    def _admits(self, fd: int, rights: "Rights", known: bool) -> bool:
+        """Tell whether who is at the other end may be a client.
+
+        Args:
+            fd: of the connection; borrowed.
+            rights: of the socket that it has come to.
+            known: the caller had the connection before there was a QEMU.
+        """
+        fault = find_stranger(fd, rights.users) or ("" if known else self._host.peers.find_fault(fd))
+        if fault:
+            self._log(f"a client {fault}")
+        return not fault
 
     def _hear_client(self, number: int, data: bytes, fds: "tuple[int, ...]") -> None:
         if data:
@@ -357,17 +344,3 @@ def _build_policy(rights: "Rights") -> Policy:
     """Return what a session knows of rights."""
     allow = frozenset(rights.allow) if rights.allow else None
     return Policy(rights.access == READ_ONLY, allow, frozenset(rights.deny))
-
-
-def find_peer_uid(fd: int) -> "int | None":
-    """Return whose process is at the other end of a unix socket (unix(7), SO_PEERCRED), None for any other kind of fd."""
-    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-        return None
-    peer = socket(fileno=fd)
-    try:
-        if peer.getsockopt(SOL_SOCKET, SO_DOMAIN) != AF_UNIX:
-            return None
-        found = peer.getsockopt(SOL_SOCKET, SO_PEERCRED, _SIZE_OF_UCRED)
-    finally:
-        peer.detach()
-    return int.from_bytes(found[4:8], "little")

@@ -13,6 +13,7 @@ from qemu_userns.supervisor import registry
 from qemu_userns.supervisor.broker import Broker, Host
 from qemu_userns.supervisor.log import Log
 from qemu_userns.supervisor.opener import Opener
+from qemu_userns.supervisor.peers import Peers
 from qemu_userns.supervisor.registry import Entry
 from qemu_userns.supervisor.rules import RULES
 from qemu_userns.supervisor.worker import Failed, start_worker
@@ -49,7 +50,8 @@ class Server:
         self._log = Log()
         poller.report = self._log.write
         self._opener = Opener(state, poller, self._log.write, self._save)
-        self._host = Host(poller, self._opener, self._log.write, self._hear_pid, self._tell_removed, self._find_names)
+        peers = Peers(state.identity, state.pid)
+        self._host = Host(poller, self._opener, peers, self._log.write, self._hear_pid, self._tell_removed, self._find_names)
         self._brokers: "list[Broker]" = []
         self._pid = 0
 

@@ -1,0 +1,231 @@
+"""Who is at the other end of a socket: here the peers are this process, and others that stand for QEMU's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qemu_userns.linux import process
+from qemu_userns.plan.identity import DIRECT, Identity, MapEntry
+from qemu_userns.supervisor import peers
+from qemu_userns.supervisor.peers import Peers, find_stranger, find_tcp_owner
+from tests.forked import in_child
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ME = os.geteuid()
+SOMEBODY = 4242
+DEADLINE_S = 30
+RESET = b"\1\0\0\0\0\0\0\0"  # struct linger
+LOOPBACK = bytes([127, 0, 0, 1])
+LOOPBACK_6 = bytes(15) + b"\1"
+HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+TCP = f"""{HEAD}\
+   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 11 1 0000000000000000 100 0 0 10 0
+   1: 0100007F:1F90 0100007F:C350 01 00000000:00000000 00:00000000 00000000  1000        0 12 1 0000000000000000 20 4 30 10 -1
+   2: 0100007F:C350 0100007F:1F90 01 00000000:00000000 00:00000000 00000000   107        0 13 1 0000000000000000 20 4 30 10 -1
+   3: 0100007F:C351 0100007F:1F90 06 00000000:00000000 03:00001758 00000000     0        0 0 3 0000000000000000
+"""
+TCP6 = f"""{HEAD}\
+   0: 0000000000000000FFFF00000100007F:C352 0000000000000000FFFF00000100007F:1F90 01 00000000:00000000 00:00000000 0  5 0 14
+   1: 00000000000000000000000001000000:C350 00000000000000000000000001000000:1F90 01 00000000:00000000 00:00000000 0  6 0 15
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "found"),
+    [
+        (LOOPBACK, 50000, (107, 13)),
+        (LOOPBACK, 50001, (0, 0)),
+        (LOOPBACK, 50002, (5, 14)),
+        (LOOPBACK, 50003, None),
+        (LOOPBACK_6, 50000, (6, 15)),
+        (LOOPBACK_6, 50001, None),
+        (bytes([1, 0, 0, 127]), 50000, None),
+    ],
+)
+def test_a_socket_in_the_kernels_tables(address: bytes, port: int, found: tuple[int, int] | None) -> None:
+    assert find_tcp_owner((TCP, TCP6), (address, port), (LOOPBACK if len(address) == 4 else LOOPBACK_6, 8080)) == found
+
+
+def test_without_tables_nothing_is_found() -> None:
+    assert find_tcp_owner(("", ""), (LOOPBACK, 50000), (LOOPBACK, 8080)) is None
+
+
+# --- real ones --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["unix", "127.0.0.1", "::1", "mapped", "dual"])
+def listener(request: pytest.FixtureRequest) -> Iterator[socket.socket]:
+    """Somebody who takes clients at each kind of address; an IPv4 client comes to an IPv6 socket in two ways."""
+    kind = request.param
+    with socket.socket({"unix": socket.AF_UNIX, "127.0.0.1": socket.AF_INET}.get(kind, socket.AF_INET6)) as listener:
+        if kind == "unix":
+            listener.bind("")  # any abstract name
+        else:
+            if kind in ("mapped", "dual"):
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listener.bind(({"mapped": "::ffff:127.0.0.1", "dual": "::"}.get(kind, kind), 0))
+        listener.listen()
+        listener.settimeout(DEADLINE_S)
+        yield listener
+
+
+def connect(listener: socket.socket) -> socket.socket:
+    name = listener.getsockname()
+    family = listener.family
+    if isinstance(name, tuple) and name[0] == "::":
+        family, name = socket.AF_INET, ("127.0.0.1", name[1])
+    client = socket.socket(family)
+    client.settimeout(DEADLINE_S)
+    client.connect(name)
+    return client
+
+
+def fault_of(listener: socket.socket, uid: int, launcher: int = 0) -> str:
+    """Accept a client, and judge it; QEMU has just one uid."""
+    with listener.accept()[0] as accepted:
+        entries = (MapEntry(0, uid, 1),)
+        identity = Identity(uid, uid, (), False, DIRECT, entries, entries, "")
+        return Peers(identity, launcher).find_fault(accepted.fileno())
+
+
+def enter_own_namespace() -> None:
+    """Enter a user namespace that has the same uid."""
+    uid, gid = os.geteuid(), os.getegid()
+    process.unshare(process.CLONE_NEWUSER)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+
+
+def connect_inside(listener: socket.socket, depth: int = 1) -> socket.socket:
+    for _ in range(depth):
+        enter_own_namespace()
+    return connect(listener)
+
+
+@contextlib.contextmanager
+def elsewhere(function: Callable[[], socket.socket]) -> Iterator[None]:
+    """Run `function` in a process that is not a child of this one, and lives as long as the peer of what it returns."""
+
+    told, ready = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.fork() == 0:
+                client = function()
+                os.write(ready, b"x")
+                client.recv(1)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(ready)
+    try:
+        assert os.read(told, 1) == b"x"
+        yield
+    finally:
+        os.close(told)
+
+
+@pytest.mark.parametrize("uid", [ME, SOMEBODY])
+def test_a_client_beside_the_supervisor(listener: socket.socket, uid: int) -> None:
+    with elsewhere(lambda: connect(listener)):
+        assert fault_of(listener, uid) == ""
+
+
+def test_a_client_that_says_nothing_of_itself(listener: socket.socket) -> None:
+    """Not dumpable: an ordinary user may not look at it."""
+
+    def hide() -> socket.socket:
+        process.prctl(process.PR_SET_DUMPABLE, 0)
+        return connect(listener)
+
+    with elsewhere(hide):
+        fault = fault_of(listener, ME)
+    assert (fault == "") == (listener.family == socket.AF_UNIX or ME == 0)
+
+
+@pytest.mark.userns
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_peer_in_qemus_namespace_or_below(listener: socket.socket, depth: int) -> None:
+    with elsewhere(lambda: connect_inside(listener, depth)):
+        fault = fault_of(listener, ME)
+    assert "may be QEMU" in fault
+    assert f"of uid {ME}" in fault
+
+
+@pytest.mark.parametrize("listener", ["unix"], indirect=True)
+@pytest.mark.parametrize("uid", [ME, SOMEBODY])
+def test_a_peer_that_works_for_qemu(listener: socket.socket, uid: int) -> None:
+    """The launcher, and a child of this process, as workers are; TCP does not tell, and nobody can put another address there."""
+    with connect(listener):
+        assert "is QEMU, or works for it" in fault_of(listener, uid, launcher=os.getpid())
+    child = os.fork()
+    if child == 0:
+        try:
+            connect(listener).recv(1)
+        finally:
+            os._exit(0)
+    assert "is QEMU, or works for it" in fault_of(listener, uid)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.userns
+def test_a_kernel_that_gives_no_pidfd_of_a_peer(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_SO_PEERPIDFD", 9999)
+    with elsewhere(lambda: connect(listener)):
+        assert fault_of(listener, ME) == ""
+    with elsewhere(lambda: connect_inside(listener)):
+        assert "may be QEMU" in fault_of(listener, ME)
+    in_child(lambda: connect(listener).close())
+    assert "is turned away: " in fault_of(listener, ME)
+
+
+@pytest.mark.parametrize("way", ["end", "reset"])
+def test_a_peer_that_has_gone(listener: socket.socket, way: str) -> None:
+    """What it has sent can still be read, so it must be known who it was."""
+
+    def go() -> None:
+        with connect(listener) as client:
+            if way == "reset" and listener.family != socket.AF_UNIX:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            client.send(b"x")
+
+    in_child(go)
+    assert "is turned away: " in fault_of(listener, ME)
+
+
+@pytest.mark.userns
+@pytest.mark.parametrize("listener", ["127.0.0.1", "::1"], indirect=True)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_tcp_socket_of_two_processes(listener: socket.socket, inside: bool) -> None:
+    """It is not known who has made it."""
+    with connect(listener) as client:
+
+        def hold() -> socket.socket:
+            if inside:
+                enter_own_namespace()
+            return client
+
+        with elsewhere(lambda: client), elsewhere(hold):
+            assert ("may be QEMU" in fault_of(listener, ME)) == inside
+
+
+def test_who_has_no_uid_is_a_stranger_where_users_are_named(listener: socket.socket) -> None:
+    with connect(listener), listener.accept()[0] as accepted:
+        fd = accepted.fileno()
+        assert find_stranger(fd, ()) == ""
+        is_unix = listener.family == socket.AF_UNIX
+        assert find_stranger(fd, (SOMEBODY, ME)) == ("" if is_unix else "without a uid is turned away, as the settings say")
+        if is_unix:
+            assert find_stranger(fd, (SOMEBODY,)) == f"of uid {ME} is turned away, as the settings say"
+    read, write = os.pipe()
+    assert find_stranger(read, (ME,)).startswith("without a uid")
+    os.close(read)
+    os.close(write)
