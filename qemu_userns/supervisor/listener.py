@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qemu_userns.supervisor.poller import Poller
 
 _FULL_PAUSE_S = 0.25
+_FDS_OF_CLIENT = 3  # its own, and two to find out who it is (peers.py)
 
 
 class Listener:
@@ -44,6 +45,7 @@ class Listener:
 
     def _accept(self, _: int) -> None:
         try:
+            _try_room(self._socket.fileno())
             client, _ = self._socket._accept()  # type: ignore[attr-defined]
         except (BlockingIOError, ConnectionAbortedError):
             return
@@ -56,3 +58,14 @@ class Listener:
             return
         self._full = False
         self._take(client)
+
+
+def _try_room(fd: int) -> None:
+    """Raise OSError unless there is room for the fds that a client takes; any fd will do to try."""
+    copies: "list[int]" = []
+    try:
+        for _ in range(_FDS_OF_CLIENT):
+            copies.append(os.dup(fd))
+    finally:
+        for copy in copies:
+            os.close(copy)
