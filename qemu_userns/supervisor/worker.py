@@ -25,6 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket as Socket
     from collections.abc import Callable
+    from typing import NoReturn
 
     from qemu_userns.record import Plain
     from qemu_userns.supervisor.poller import Poller
@@ -66,12 +67,7 @@ def start_worker(poller: "Poller", work: "Work", done: "Done", timeout_s: float,
         poller.call_later(0, lambda: done(failed, ()))
         return
     if pid == 0:
-        try:
-            close_all_but((theirs.fileno(), *kept))
-            _work(theirs, work)
-        finally:
-            _report_bug(theirs)
-            os._exit(0)
+        _run_child(theirs, work, kept)
     theirs.close()
     over = False
 
@@ -90,6 +86,18 @@ def start_worker(poller: "Poller", work: "Work", done: "Done", timeout_s: float,
 
     poller.watch(ours.fileno(), IN, hear)
     poller.call_later(timeout_s, expire)
+
+
+def _run_child(channel: "Socket", work: "Work", kept: "tuple[int, ...]") -> "NoReturn":
+    """Work, answer and end; where nobody listens any more too, lest a second supervisor goes on in here."""
+    try:
+        try:
+            close_all_but((channel.fileno(), *kept))
+            _work(channel, work)
+        finally:
+            _report_bug(channel)
+    finally:
+        os._exit(0)
 
 
 def _work(channel: "Socket", work: "Work") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import signal
 import socket
 from typing import TYPE_CHECKING
 
@@ -193,3 +194,30 @@ def test_no_worker_can_be_had(call: str, monkeypatch: pytest.MonkeyPatch) -> Non
     poller.run_once(0)
     assert isinstance(answers[0], Failed)
     assert "temporarily unavailable" in answers[0].text
+
+
+def test_a_worker_whose_supervisor_is_killed_ends() -> None:
+    """And does not go on as a copy of it."""
+    go, said = os.pipe(), os.pipe()
+
+    def work() -> tuple[None, list[int]]:
+        os.write(said[1], b"works")
+        os.read(go[0], 1)
+        return None, []
+
+    supervisor = os.fork()
+    if supervisor == 0:
+        try:
+            start_worker(Poller(), work, lambda *_: None, 60, (go[0], said[1]))
+            signal.pause()
+        finally:
+            os.write(said[1], b"escaped")
+            os._exit(0)
+    os.close(said[1])
+    assert os.read(said[0], 16) == b"works"
+    os.kill(supervisor, signal.SIGKILL)
+    os.waitpid(supervisor, 0)
+    os.write(go[1], b"x")
+    assert os.read(said[0], 16) == b""
+    for fd in (*go, said[0]):
+        os.close(fd)
