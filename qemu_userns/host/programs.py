@@ -4,41 +4,28 @@ import os
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socketpair
 
 from qemu_userns.errors import ResourceError
-from qemu_userns.linux.process import reap
+from qemu_userns.linux.process import SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGXFSZ
 
-_CANNOT_EXECUTE = b"?"
+# What the supervisor ignores. A program that QEMU starts does not: QEMU has handlers of its own for the first three, and GLib
+# gives SIGPIPE back. Whether the caller ignored SIGXFSZ cannot be told any more. All others are the caller's, as with QEMU's own.
+_RESET = (SIGHUP, SIGINT, SIGTERM, SIGPIPE, SIGXFSZ)
 
 
 def open_program(argv: "tuple[str, ...]") -> int:
-    """Start a program with the caller's rights, as nobody's child, and return QEMU's end of the socket, which is owned.
+    """Start a program with the caller's rights; return QEMU's end of the socket, which is owned.
+
+    Should: run in a worker, at whose end the program is nobody's child.
 
     Raises:
         ResourceError: it cannot be executed.
     """
     ours, theirs = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
-    failed_read, failed_write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        if os.fork() == 0:
-            _execute(argv, theirs.fileno(), failed_write)
-        os._exit(0)
-    reap(child)
-    theirs.close()
-    os.close(failed_write)
-    failed = os.read(failed_read, 1)  # its end is execve's, which closes it
-    os.close(failed_read)
-    if failed:
-        raise ResourceError(argv[0], "cannot be executed")
-    return ours.detach()
-
-
-def _execute(argv: "tuple[str, ...]", stream: int, failed: int) -> None:
-    """Become the program; all fds but the standard ones are close-on-exec."""
-    os.setsid()
-    os.dup2(stream, 0)
-    os.dup2(stream, 1)
+    actions = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), fd) for fd in (0, 1)]  # all others are close-on-exec
     try:
-        os.execvp(argv[0], argv)
-    except OSError:
-        os.write(failed, _CANNOT_EXECUTE)
-    os._exit(127)
+        os.posix_spawnp(argv[0], argv, os.environ, file_actions=actions, setsid=True, setsigmask=(), setsigdef=_RESET)
+    except OSError as err:
+        ours.close()
+        raise ResourceError(argv[0], f"cannot be executed: {err.strerror}") from err
+    finally:
+        theirs.close()
+    return ours.detach()
