@@ -124,6 +124,19 @@ def test_a_chain_of_relative_backing_files(compare: Compare) -> None:
     compare(dialogue)
 
 
+def test_a_long_command(compare: Compare) -> None:
+    """JSON may have as many blanks as a client likes."""
+
+    def dialogue(vm: Vm) -> list[Any]:
+        arguments = json.dumps({"node-name": "disk", "driver": "raw", "file": file(vm.image("a/disk"))})
+        vm.qmp.socket.sendall(f'{{"execute": "blockdev-add",{" " * 300_000}"arguments": {arguments}}}'.encode())
+        seen: list[Any] = [vm.qmp.reply(), nodes(vm)]
+        del_node(vm, "disk")
+        return seen
+
+    compare(dialogue)
+
+
 def test_names_in_json_and_relative_names(compare: Compare) -> None:
     def dialogue(vm: Vm) -> list[Any]:
         vm.image("a/one")

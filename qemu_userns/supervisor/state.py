@@ -12,9 +12,12 @@ from qemu_userns.record import Record, from_plain, to_plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from qemu_userns.host.opening import Opened
     from qemu_userns.plan.layout import Placed
     from qemu_userns.plan.plan import Plan
+    from qemu_userns.record import Plain
     from qemu_userns.request import Start
 
 
@@ -72,15 +75,25 @@ def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
 
 def write_state(state: State) -> int:
     """Return an owned fd of a memfd that holds a state, to be read by the interpreter of the same version."""
-    fd = os.memfd_create("qemu-userns-state", os.MFD_CLOEXEC)
-    os.write(fd, marshal.dumps(to_plain(state)))
-    return fd
+    return write_memory(to_plain(state))
 
 
 def read_state(fd: int) -> State:
     """Return the state in a memfd; takes ownership of it."""
-    os.lseek(fd, 0, os.SEEK_SET)
-    with os.fdopen(fd, "rb") as file:
-        state = from_plain(marshal.load(file), CLASSES)
+    state = from_plain(read_memory(fd), CLASSES)
     assert isinstance(state, State)
     return state
+
+
+def write_memory(value: "Plain") -> int:
+    """Return an owned fd of a memfd that holds a value."""
+    fd = os.memfd_create("qemu-userns-state", os.MFD_CLOEXEC)
+    os.write(fd, marshal.dumps(value))
+    return fd
+
+
+def read_memory(fd: int) -> "Any":  # noqa: ANN401 (whoever wrote it knows the type)
+    """Return the value in a memfd; takes ownership of it."""
+    os.lseek(fd, 0, os.SEEK_SET)
+    with os.fdopen(fd, "rb") as file:
+        return marshal.load(file)

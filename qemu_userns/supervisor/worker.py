@@ -1,6 +1,5 @@
 """Do in a child what may take long or changes a process for good: opening on a dead NFS must not stop the monitors."""
 
-import marshal
 import os
 import signal
 import sys
@@ -9,7 +8,6 @@ from _socket import (
     CMSG_SPACE,
     MSG_CMSG_CLOEXEC,
     MSG_CTRUNC,
-    MSG_TRUNC,
     SCM_RIGHTS,
     SOCK_CLOEXEC,
     SOCK_SEQPACKET,
@@ -20,11 +18,12 @@ from _socket import (
 from qemu_userns.errors import QemuUsernsError, describe_bug
 from qemu_userns.linux.process import close_all_but
 from qemu_userns.supervisor.poller import IN
+from qemu_userns.supervisor.state import read_memory, write_memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket as Socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import NoReturn
 
     from qemu_userns.record import Plain
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
     Work = Callable[[], tuple[Plain, list[int]]]
     Done = Callable[[object, tuple[int, ...]], None]
 
-MOST_FDS = 200
-_SIZE_BYTES = 160_000  # fits into a socket's buffer: net.core.wmem_default
+_MOST_FDS = 253  # of one message: SCM_MAX_FD
 
 
 class Failed:
@@ -102,33 +100,37 @@ def _run_child(channel: "Socket", work: "Work", kept: "tuple[int, ...]") -> "NoR
 
 def _work(channel: "Socket", work: "Work") -> None:
     """Work, and answer."""
-    fds: "list[int]" = []
     try:
         result, fds = work()
-        data = marshal.dumps((True, result))
     except QemuUsernsError as err:
-        data = marshal.dumps((False, f"{err.what}: {err.why}" + (f" ({err.hint})" if err.hint else "")))
+        _answer(channel, False, f"{err.what}: {err.why}" + (f" ({err.hint})" if err.hint else ""))
     except OSError as err:
-        data = marshal.dumps((False, f"{err.filename or 'system call'}: {err.strerror or err}"))
-    numbers = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
-    channel.sendmsg([data], [(SOL_SOCKET, SCM_RIGHTS, numbers)] if fds else [])
+        _answer(channel, False, f"{err.filename or 'system call'}: {err.strerror or err}")
+    else:
+        _answer(channel, True, result, fds)
 
 
 def _report_bug(channel: "Socket") -> None:
     """Answer with what nobody expected, if that is how the work ends."""
     error = sys.exc_info()[1]
     if error is not None:
-        channel.send(marshal.dumps((False, describe_bug(error))))
+        _answer(channel, False, describe_bug(error))
+
+
+def _answer(channel: "Socket", fine: bool, result: "Plain", fds: "Sequence[int]" = ()) -> None:
+    """Send a result and fds; the result in a memfd, since a message has a limit, and a command of a client's hardly any."""
+    numbers = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (write_memory([fine, result]), *fds))
+    channel.sendmsg([b"!"], [(SOL_SOCKET, SCM_RIGHTS, numbers)])
 
 
 def _read_answer(channel: "Socket") -> "tuple[object, tuple[int, ...]]":
     """Return what a worker answers; it is our own child, but it may be dead."""
-    data, ancillary, flags, _ = channel.recvmsg(_SIZE_BYTES, CMSG_SPACE(4 * MOST_FDS), MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = channel.recvmsg(1, CMSG_SPACE(4 * _MOST_FDS), MSG_CMSG_CLOEXEC)
     numbers = b"".join(item for level, kind, item in ancillary if (level, kind) == (SOL_SOCKET, SCM_RIGHTS))
     fds = tuple(int.from_bytes(numbers[i : i + 4], sys.byteorder) for i in range(0, len(numbers), 4))
-    if flags & (MSG_CTRUNC | MSG_TRUNC) or not data:
+    if flags & MSG_CTRUNC or not data:
         for fd in fds:
             os.close(fd)
         return Failed("too many files are open" if data else "it was given up, or took too long"), ()
-    fine, result = marshal.loads(data)
-    return (result if fine else Failed(result)), fds
+    fine, result = read_memory(fds[0])
+    return (result if fine else Failed(result)), fds[1:]

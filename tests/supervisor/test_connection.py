@@ -196,6 +196,17 @@ def test_no_worker_can_be_had(call: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "temporarily unavailable" in answers[0].text
 
 
+def test_a_workers_answer_may_be_of_any_size() -> None:
+    poller, answers = Poller(), []
+    start_worker(poller, lambda: (LARGE, [0, 1]), lambda *answer: answers.append(answer), 10)
+    poller.run_once(10)
+    ((data, fds),) = answers
+    assert data == LARGE
+    assert [os.fstat(fd) for fd in fds] == [os.fstat(fd) for fd in (0, 1)]
+    for fd in fds:
+        os.close(fd)
+
+
 def test_a_worker_whose_supervisor_is_killed_ends() -> None:
     """And does not go on as a copy of it."""
     go, said = os.pipe(), os.pipe()
