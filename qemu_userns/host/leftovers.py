@@ -37,18 +37,20 @@ def decode(text: str) -> Leftover:
     return Leftover(path, (int(device), int(inode)), fate == "temporary")
 
 
-def hold(item: Leftover) -> None:
-    """Keep the inode of a file that is there from being given to another one, for as long as this process lives.
+def hold(item: Leftover) -> "int | None":
+    """Keep the inode of a file from being given to another one; return an owned fd that does, None if the file has gone.
 
     File systems hand out a number again as soon as it is free, and the next VM may have the same paths.
     """
     try:
         fd = os.open(item.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return  # gone already
+        return None
     found = os.fstat(fd)
-    if (found.st_dev, found.st_ino) != item.inode:
-        os.close(fd)
+    if (found.st_dev, found.st_ino) == item.inode:
+        return fd
+    os.close(fd)
+    return None
 
 
 def remove(leftovers: "Iterable[Leftover]", ended_pid: int = 0) -> None:

@@ -5,6 +5,7 @@ Everything that a command got has one number. It belongs to an object of QEMU's,
 
 import os
 
+from qemu_userns.host.leftovers import hold
 from qemu_userns.qmp.actions import Prepared, Refused
 from qemu_userns.record import from_plain, to_plain
 from qemu_userns.supervisor.handed import CLASSES, Handed, Held
@@ -49,6 +50,7 @@ class Opener:
         self._state, self._poller, self._log = state, poller, log
         self._last = 0
         self._handed: "dict[int, Handed]" = {}
+        self._holding: "dict[int, list[int]]" = {}  # owned fds of the temporary files that were made for each
         self._released: "dict[int, bool]" = {}  # numbers that are given back, and whether their command failed
         self._covered: "tuple[Shown, ...]" = ()  # could not be taken back yet: something else is attached over it
         self._seen: "dict[int, frozenset[int]]" = {}  # commands being prepared: the numbers that they may come to use too
@@ -76,7 +78,7 @@ class Opener:
                 answer(action.ticket, Refused(_ERROR_CLASS, text))
                 self._sweep()
                 return
-            self._handed[number] = from_plain(result["handed"], CLASSES)
+            self._take(number, from_plain(result["handed"], CLASSES))
             fdsets = tuple((fdset, fd, opaque) for (fdset, opaque), fd in zip(result["fdsets"], fds, strict=False))
             names = tuple(zip(result["names"], fds[len(fdsets) :], strict=True))
             answer(action.ticket, Prepared(result["text"], fdsets, names, number))
@@ -104,12 +106,18 @@ class Opener:
         """Take over what an earlier supervisor has handed out."""
         for item in held:
             self._held[item.number] = item
-            self._handed[item.number] = item.handed
+            self._take(item.number, item.handed)
             self._last = max(self._last, item.number)
 
     def find_leftovers(self) -> "tuple[Leftover, ...]":
         """Return what was made on the host and goes when QEMU ends."""
         return tuple(item for handed in self._handed.values() for item in handed.created if item.temporary)
+
+    def _take(self, number: int, handed: Handed) -> None:
+        """Note what a command got."""
+        self._handed[number] = handed
+        held = [hold(item) for item in handed.created if item.temporary]
+        self._holding[number] = [fd for fd in held if fd is not None]
 
     def _sweep(self) -> None:
         """Take back what nobody uses any more: one worker at a time, since what is attached over something goes before it."""
@@ -121,6 +129,7 @@ class Opener:
         items = [(self._handed.pop(number), self._released.pop(number)) for number in free]
         places = tuple(place for item, _ in items for place in item.shown)
         created = tuple(file for item, failed in items for file in item.created if failed or file.temporary)
+        holding = [fd for number in free for fd in self._holding.pop(number)]
         if not places and not created:
             return
         shown = self._covered + places
@@ -132,6 +141,8 @@ class Opener:
 
         def done(result: object, _: "tuple[int, ...]") -> None:
             self._sweeping = False
+            for fd in holding:
+                os.close(fd)
             if isinstance(result, Failed):
                 self._log(f"what was shown to QEMU cannot be taken back: {result.text}")
                 self._covered = shown

@@ -1,0 +1,69 @@
+"""What the supervisor keeps of what commands got, with a stand-in for what a worker opens."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qemu_userns.host.leftovers import Leftover
+from qemu_userns.qmp.actions import Prepare, Prepared, Release
+from qemu_userns.record import to_plain
+from qemu_userns.supervisor import hotplug
+from qemu_userns.supervisor.handed import Handed, Held
+from qemu_userns.supervisor.opener import Opener
+from qemu_userns.supervisor.poller import Poller
+from tests.forked import in_child
+
+if TYPE_CHECKING:
+    from qemu_userns.record import Plain
+
+NO_STATE: Any = None
+
+
+def opens(path: Path) -> bool:
+    """Say whether this process has a file open."""
+    files = {(found.st_dev, found.st_ino) for fd in os.listdir("/proc/self/fd") if (found := stat_of(f"/proc/self/fd/{fd}"))}
+    found = path.lstat()
+    return (found.st_dev, found.st_ino) in files
+
+
+def stat_of(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_the_inode_of_what_was_made_is_no_other_files_until_it_is_taken_back(
+    adopted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the socket of the VM that comes next could be taken for the one that goes."""
+    path, moved = tmp_path.resolve() / "socket", tmp_path.resolve() / "moved"
+    path.touch()
+    found = path.lstat()
+    handed = Handed((), (), (Leftover(str(path), (found.st_dev, found.st_ino), True),), ())
+
+    def open_command(_: object) -> tuple[Plain, list[int]]:
+        return {"text": b"", "fdsets": [], "names": [], "handed": to_plain(handed), "one_shot": False}, []
+
+    def inside() -> list[bool]:
+        poller, answers = Poller(), []
+        opener = Opener(NO_STATE, poller, lambda _: None, lambda: None)
+        if adopted:
+            opener.restore([Held(1, "m", ("chardev", "c"), (), handed)])
+        else:
+            opener.prepare(Prepare(1, 1, "chardev-add", "{}"), lambda _, answer: answers.append(answer))
+            poller.run_once(10)
+            assert isinstance(answers[0], Prepared)
+        path.rename(moved)
+        seen = [opens(moved)]
+        opener.release(Release(1))
+        poller.run_once(10)
+        return [*seen, opens(moved)]
+
+    monkeypatch.setattr(hotplug, "open_command", open_command)
+    assert in_child(inside) == [True, False]
