@@ -14,6 +14,7 @@ import pytest
 from integration.plugged import PROBE_LIMIT_S, ROOT, Client, Vm, compared, plugged, targets
 from integration.shares import Launch, launches
 from integration.talk import connected, wait_until
+from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
 
-OWN_FDSET_BASE = 2_000_000_000
 SUPERVISOR_IS_QUIET = 20
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from integration.probe import Probe, QmpError, probing
-from qemu_userns.plan.grants import OWN_FDSET_BASE
+from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 from tests.conftest import CHECKOUT, dropin_folder, remove_tree
 
 if TYPE_CHECKING:

@@ -37,3 +37,7 @@ CONFIG = "config"  # a -readconfig file
 KVM = "kvm"  # a list of accelerators between colons
 CONSUME = "consume"  # this program does it
 REFUSE = "refuse"  # it cannot work; the row says why
+
+# The fdsets by which files are handed over. Those that callers and clients make have lower numbers; QEMU reads one out of a name
+# as an int.
+OWN_FDSET_BASE = 2_000_000_000

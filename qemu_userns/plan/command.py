@@ -7,6 +7,7 @@ there QEMU says itself, in its own words.
 import re
 
 from qemu_userns.catalogue.commands import find_hmp_line
+from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 from qemu_userns.cmdline.hmp import parse_hmp
 from qemu_userns.cmdline.json import parse_json
 from qemu_userns.cmdline.objects import CommandLine
@@ -14,7 +15,7 @@ from qemu_userns.cmdline.source import Edit, append, apply_edits, remove, replac
 from qemu_userns.errors import CommandLineError
 from qemu_userns.plan.draft import Draft
 from qemu_userns.plan.facts import ABSENT, MISSING
-from qemu_userns.plan.grants import OWN_FDSET_BASE, Connect, Listen, OpenFd, Refuse, Run
+from qemu_userns.plan.grants import Connect, Listen, OpenFd, Refuse, Run
 from qemu_userns.plan.handover import hand_over
 from qemu_userns.plan.layout import build_layout, build_overlay
 from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST

@@ -1,8 +1,9 @@
 """A plan in the making: what the handovers add to, in the order of the command line. Pure."""
 
+from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 from qemu_userns.cmdline.source import append, remove, replace
 from qemu_userns.plan.facts import ABSENT, DIRECTORY, MISSING, directory_of
-from qemu_userns.plan.grants import OWN_FDSET_BASE, READ, SEARCH, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
+from qemu_userns.plan.grants import READ, SEARCH, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
 from qemu_userns.plan.layout import is_below
 from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST, WHOLE_HOST
 

@@ -6,9 +6,6 @@ Each has `describe()`, one line for `explain` and the log, and `why`, the word o
 from qemu_userns.plan.rights import Rights
 from qemu_userns.record import Record
 
-# Fdsets that callers and clients make have lower numbers; QEMU reads one out of a name as an int.
-OWN_FDSET_BASE = 2_000_000_000
-
 READ = 4
 WRITE = 2
 SEARCH = 1

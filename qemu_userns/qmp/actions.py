@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 OUTPUT_MAX_BYTES = 8 << 20
 """How many bytes may wait for a client; the supervisor keeps them, and closes a client with more."""
-OWN_FDSET_BASE = 2_000_000_000
 
 
 class Action(Record):

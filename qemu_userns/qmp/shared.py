@@ -2,7 +2,8 @@
 
 from collections import deque
 
-from qemu_userns.qmp.actions import OWN_FDSET_BASE, CloseFds, Keep, Log, Release, Removed, SendClient
+from qemu_userns.catalogue.ways import OWN_FDSET_BASE
+from qemu_userns.qmp.actions import CloseFds, Keep, Log, Release, Removed, SendClient
 from qemu_userns.qmp.dialect import format_string
 from qemu_userns.qmp.message import build_command, build_error
 from qemu_userns.qmp.names import FdNames

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_userns.catalogue.commands import HMP, find_command_needs, read_command
+from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 from qemu_userns.plan.command import CommandPlan, build_command_plan
 from qemu_userns.plan.facts import ImageFact
-from qemu_userns.plan.grants import OWN_FDSET_BASE, Bind, Run
+from qemu_userns.plan.grants import Bind, Run
 from qemu_userns.plan.plan import READ_ONLY_HOST, WHOLE_HOST
 from tests.plans import LEASED, USER, MadeUpPaths, brief, make_facts
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qemu_userns.qmp.actions import OWN_FDSET_BASE, Prepare, Prepared, Release
+from qemu_userns.catalogue.ways import OWN_FDSET_BASE
+from qemu_userns.qmp.actions import Prepare, Prepared, Release
 from tests.qmp.dialogue import Brokered, Direct, run_qemu
 
 pytestmark = pytest.mark.qemu
