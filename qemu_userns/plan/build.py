@@ -75,44 +75,37 @@ def build_plan(
         settings: the configuration.
         leased: whether the identity holds a lease, whose fd QEMU keeps.
     """
-    named_fds = frozenset(int(need.path) for need in needs if need.way == ways.FD and need.path.isdecimal())
-    draft = Draft(commandline.objects, facts, identity, named_fds)
+    draft = Draft(commandline.objects, facts, identity, _find_named_fds(needs))
     draft.host_tree = WHOLE_HOST if settings.whole_host else NO_HOST
     _add_base(draft, program)
-    served = serve_monitors(draft, commandline, settings)
-    for need in needs:
-        if not (need.obj in served and need.row.way in (ways.SOCKET, ways.FD, ways.CHARDEV)):
-            hand_over(draft, need, commandline)
+    for need in serve_monitors(draft, commandline, needs, settings):
+        hand_over(draft, need, commandline)
     _keep_for_incoming(draft, commandline)
-    if _defaults_to_kvm(commandline, program):
-        add_kvm(draft, "the accelerator that this QEMU takes by itself")
+    _add_default_kvm(draft, commandline, program)
     _add_temporary(draft, commandline)
-    for option in commandline.options:
-        if option.name == "userns":
-            draft.edits.append(drop(option, "it is ours"))
-            draft.add(Consume("-userns", "it is ours"))
-    sandbox = _choose_sandbox(commandline, needs, program, settings)
-    if sandbox is not None:
-        draft.words[:0] = ["-sandbox", sandbox]
+    _consume_own(draft, commandline)
+    sandbox = _add_sandbox(draft, commandline, program, settings)
     _reserve_fds(draft, leased)
-    draft.join_parts()
     confinement = _choose_confinement(draft, commandline, settings, sandbox)
-    words, copies = commandline.print_words(draft.edits)
-    rewrites = _find_rewrites(commandline, draft.edits, words, copies)
-    _add_copies(draft, commandline, copies)
+    words, rewrites = _rewrite(draft, commandline)
     return Plan(
+        tuple(draft.grants),
+        draft.host_tree,
         program.path,
         (argv0, *draft.words, *words),
         facts.caller.cwd,
         identity,
-        draft.host_tree,
-        tuple(draft.grants),
-        (*rewrites, *_find_added(draft.words)),
+        rewrites,
         _find_unknown(commandline),
         confinement,
         tuple(([identity.warning] if identity.warning else []) + draft.warnings),
         tuple(draft.notes),
     )
+
+
+def _find_named_fds(needs: "Sequence[Need]") -> "frozenset[int]":
+    """Return the numbers of fds that the command line names."""
+    return frozenset(int(need.path) for need in needs if need.way == ways.FD and need.path.isdecimal())
 
 
 def _keep_for_incoming(draft: Draft, commandline: "CommandLine") -> None:
@@ -135,19 +128,22 @@ def _reserve_fds(draft: Draft, leased: bool) -> None:
         draft.add(Reserved("its end tells the supervisor that QEMU has ended", "supervisor", draft.next_fd()))
 
 
-def _find_added(words: "Sequence[str]") -> "tuple[Rewrite, ...]":
-    """Say which options are added, each with its value."""
-    pairs = zip(words[::2], words[1::2], strict=True)
-    return tuple(Rewrite("added", "", f"{option} {value}", "") for option, value in pairs)
+def _consume_own(draft: Draft, commandline: "CommandLine") -> None:
+    """Take our own options out."""
+    for option in commandline.options:
+        if option.name == "userns":
+            draft.edits.append(drop(option, "it is ours"))
+            draft.add(Consume("-userns", "it is ours"))
 
 
-def _defaults_to_kvm(commandline: "CommandLine", program: Program) -> bool:
-    """Say whether a QEMU that is built for KVM is left to choose its accelerator."""
+def _add_default_kvm(draft: Draft, commandline: "CommandLine", program: Program) -> None:
+    """Give KVM to a QEMU that is built for it and left to choose its accelerator."""
     name = program.path.rpartition("/")[2]
     if not name.endswith(("-microvm", "kvm")):
-        return False
+        return
     named = any(obj.kind == "accel" or (obj.kind == "machine" and obj.get("accel")) for obj in commandline.objects)
-    return not named and all(option.name != "enable-kvm" for option in commandline.options)
+    if not named and all(option.name != "enable-kvm" for option in commandline.options):
+        add_kvm(draft, "the accelerator that this QEMU takes by itself")
 
 
 def _find_unknown(commandline: "CommandLine") -> "tuple[str, ...]":
@@ -195,7 +191,15 @@ def _add_temporary(draft: Draft, commandline: "CommandLine") -> None:
             draft.add(Private("temporary files", fact.real, 0o1777))
 
 
-def _choose_sandbox(commandline: "CommandLine", needs: "Sequence[Need]", program: Program, settings: Settings) -> "str | None":
+def _add_sandbox(draft: Draft, commandline: "CommandLine", program: Program, settings: Settings) -> "str | None":
+    """Add a -sandbox option, if any; return its value."""
+    value = _choose_sandbox(commandline, program, settings)
+    if value is not None:
+        draft.words[:0] = ["-sandbox", value]
+    return value
+
+
+def _choose_sandbox(commandline: "CommandLine", program: Program, settings: Settings) -> "str | None":
     """Return the value of a -sandbox option to add, None for none.
 
     The settings are those that libvirt gives to every QEMU, but for what the command line itself needs. -daemonize forks and
@@ -259,6 +263,21 @@ def _choose_scopes(commandline: "CommandLine") -> int:
         if abstract or (obj.kind == "display" and obj.get("type") in _DISPLAYS_WITH_SOCKETS):
             return _SCOPE_SIGNALS
     return _SCOPE_SIGNALS | _SCOPE_ABSTRACT_SOCKETS
+
+
+def _rewrite(draft: Draft, commandline: "CommandLine") -> "tuple[list[str], tuple[Rewrite, ...]]":
+    """Return the caller's words as QEMU gets them, and what is changed and added."""
+    draft.join_parts()
+    words, copies = commandline.print_words(draft.edits)
+    rewrites = _find_rewrites(commandline, draft.edits, words, copies)
+    _add_copies(draft, commandline, copies)
+    return words, (*rewrites, *_find_added(draft.words))
+
+
+def _find_added(words: "Sequence[str]") -> "tuple[Rewrite, ...]":
+    """Say which options are added, each with its value."""
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return tuple(Rewrite("added", "", f"{option} {value}", "") for option, value in pairs)
 
 
 def _find_rewrites(

@@ -15,11 +15,9 @@ from qemu_userns.cmdline.source import Edit, append, apply_edits, remove, replac
 from qemu_userns.errors import CommandLineError
 from qemu_userns.plan.draft import Draft
 from qemu_userns.plan.facts import ABSENT, MISSING
-from qemu_userns.plan.grants import Connect, Listen, OpenFd, Refuse, Run
+from qemu_userns.plan.grants import Connect, Listen, OpenFd, Run
 from qemu_userns.plan.handover import hand_over
-from qemu_userns.plan.layout import build_layout, build_overlay
-from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST
-from qemu_userns.record import Record
+from qemu_userns.plan.plan import NO_HOST, Granted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,9 +27,7 @@ if TYPE_CHECKING:
     from qemu_userns.cmdline.objects import Object
     from qemu_userns.cmdline.source import Member
     from qemu_userns.plan.facts import HostFacts, PathFact
-    from qemu_userns.plan.grants import Grant
     from qemu_userns.plan.identity import Identity
-    from qemu_userns.plan.layout import Placed
 
 # Getfd names of our own; those of clients may be anything else that begins with no digit.
 NAME_PREFIX = "qemu-userns."
@@ -39,13 +35,11 @@ _SHELL = ("/bin/sh", "-c")
 _KEY_BEFORE_LIST = re.compile(r"""(["'])\w+\1\s*:\s*\[\s*\Z""")
 
 
-class CommandPlan(Record):
-    """Everything that one command takes."""
+class CommandPlan(Granted):
+    """Everything that one command takes; who is refused something is told so instead of an answer of QEMU's."""
 
     name: str
     text: str  # what QEMU gets
-    grants: "tuple[Grant, ...]"
-    host_tree: str
     first_number: int
     notes: "tuple[str, ...]" = ()
 
@@ -53,19 +47,6 @@ class CommandPlan(Record):
         """Say in a few lines what the command is given."""
         grants = [f"{self.name}: {grant.describe()}" for grant in self.grants]
         return "\n".join([*grants, *self.notes])
-
-    def build_layout(self) -> "tuple[Placed, ...]":
-        """Return what is to be placed in the running view."""
-        if self.host_tree == NO_HOST:
-            return build_layout(self.grants)
-        return build_overlay(self.grants, self.host_tree == READ_ONLY_HOST)
-
-    def find_error(self) -> "str | None":
-        """Return the text of the error that the client gets instead of an answer of QEMU's."""
-        for grant in self.grants:
-            if isinstance(grant, Refuse):
-                return f"{grant.why}: {grant.reason}" + (f" ({grant.hint})" if grant.hint else "")
-        return None
 
     def find_fdsets(self) -> "tuple[tuple[int, int, str], ...]":
         """Return fdset, number of the fd, and what query-fdsets shall call it, of each file that is passed."""
@@ -255,7 +236,7 @@ def build_command_plan(
         after = draft.print_text()
     except CommandLineError as err:
         draft.refuse(name, str(err))
-    return CommandPlan(name, after, tuple(draft.grants), host_tree, first_number, tuple(draft.notes))
+    return CommandPlan(tuple(draft.grants), host_tree, name, after, first_number, tuple(draft.notes))
 
 
 def _name(first_number: int, number: int) -> str:

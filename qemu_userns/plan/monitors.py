@@ -1,5 +1,6 @@
 """Hand over QMP monitors: the public end is the supervisor's, QEMU gets a private socket in its place. Pure."""
 
+from qemu_userns.catalogue import ways
 from qemu_userns.catalogue.monitors import find_monitors, find_untouched
 from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.cmdline.source import append, remove, replace
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qemu_userns.catalogue.monitors import MonitorDevice
-    from qemu_userns.cmdline.objects import CommandLine, Object
+    from qemu_userns.catalogue.needs import Need
+    from qemu_userns.cmdline.objects import CommandLine
     from qemu_userns.plan.build import Settings
     from qemu_userns.plan.draft import Draft
     from qemu_userns.plan.rights import MonitorRights, SocketRights
@@ -24,11 +26,13 @@ OWN_LABEL = "qemu-userns"
 PASSTHROUGH_LABEL = "qemu-userns-passthrough"
 
 
-def serve_monitors(draft: "Draft", commandline: "CommandLine", settings: "Settings") -> "list[Object]":
+def serve_monitors(
+    draft: "Draft", commandline: "CommandLine", needs: "Sequence[Need]", settings: "Settings"
+) -> "Sequence[Need]":
     """Plan all QMP monitors: the caller's, our own sockets, and the one that is passed through.
 
     Returns:
-        What of the command line needs no other handover.
+        The needs that are still to be handed over: without those of where a monitor leads.
     """
     served = [device.obj for device in find_monitors(commandline) if serve_monitor(draft, device, settings.monitors)]
     for monitor in find_untouched(commandline):
@@ -44,7 +48,7 @@ def serve_monitors(draft: "Draft", commandline: "CommandLine", settings: "Settin
         add_sockets(draft, settings.sockets)
     if settings.passthrough:
         add_passthrough(draft, settings.passthrough)
-    return served
+    return [need for need in needs if need.row.way not in (ways.SOCKET, ways.FD, ways.CHARDEV) or need.obj not in served]
 
 
 def _note_untouched(draft: "Draft", label: str, why: str) -> None:

@@ -37,20 +37,11 @@ class Confinement(Record):
     )
 
 
-class Plan(Record):
-    """Everything a launch does, decided."""
+class Granted(Record):
+    """What the host gives, for a launch or for one command."""
 
-    program: str  # path of the real QEMU
-    words: "tuple[str, ...]"  # its arguments, argv[0] included
-    cwd: str
-    identity: "Identity"
-    host_tree: str  # NO_HOST: a view of its own; else the host's whole tree (fs=host, or a share of /), writable or not
     grants: "tuple[Grant, ...]"
-    rewrites: "tuple[Rewrite, ...]"
-    unknown: "tuple[str, ...]"  # options that no table knows, passed through
-    confinement: Confinement
-    warnings: "tuple[str, ...]" = ()  # for stderr, at every launch
-    notes: "tuple[str, ...]" = ()  # for a reader of the plan
+    host_tree: str  # NO_HOST: a view of its own; else the host's whole tree (fs=host, or a share of /), writable or not
 
     def build_layout(self) -> "tuple[Placed, ...]":
         """Return what is placed in the view, or over the host's tree."""
@@ -59,8 +50,22 @@ class Plan(Record):
         return build_overlay(self.grants, self.host_tree == READ_ONLY_HOST)
 
     def find_refusals(self) -> "tuple[Refuse, ...]":
-        """Return what stops this launch before anything is touched."""
+        """Return what stops it before anything is touched."""
         return tuple(grant for grant in self.grants if isinstance(grant, Refuse))
+
+
+class Plan(Granted):
+    """Everything a launch does, decided."""
+
+    program: str  # path of the real QEMU
+    words: "tuple[str, ...]"  # its arguments, argv[0] included
+    cwd: str
+    identity: "Identity"
+    rewrites: "tuple[Rewrite, ...]"
+    unknown: "tuple[str, ...]"  # options that no table knows, passed through
+    confinement: Confinement
+    warnings: "tuple[str, ...]" = ()  # for stderr, at every launch
+    notes: "tuple[str, ...]" = ()  # for a reader of the plan
 
     @property
     def needs_supervisor(self) -> bool:

@@ -65,10 +65,8 @@ def open_command(job: Job) -> "tuple[Plain, list[int]]":
     """
     os.umask(job.state.caller.umask)
     plan = _plan(job)
-    error = plan.find_error()
-    if error is not None:
-        what, _, why = error.partition(": ")
-        raise ResourceError(what, why)
+    for refusal in plan.find_refusals():
+        raise ResourceError(refusal.why, refusal.reason, refusal.hint)
     layout, reused = _build_layout(job, plan)
     opened = _Collected(layout)
     try:
