@@ -5,14 +5,17 @@ Not on the path of a launch without such a monitor: `socket` costs as much as an
 
 import socket
 
+from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.errors import ResourceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    Address = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+    Place = tuple[socket.AddressFamily, Address]
 
 _BACKLOG = 16
-_ON = ("on", "yes", "true", "y")
 _CONNECT_TIMEOUT_S = 30
 
 
@@ -22,22 +25,17 @@ def listen_tcp(options: "Mapping[str, str]") -> int:
     Raises:
         ResourceError: no address can be bound.
     """
+
+    def listen(found: socket.socket, address: "Address") -> None:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(_BACKLOG)
+
     port = options["port"]
     last = int(options.get("to", port)) if port.isdecimal() else 0
-    error: "OSError | None" = None
-    for number in range(int(port), max(int(port), last) + 1) if port.isdecimal() else (port,):
-        for family, address in _resolve(options, number, socket.AI_PASSIVE):
-            found = socket.socket(family, socket.SOCK_STREAM)
-            try:
-                found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                found.bind(address)
-                found.listen(_BACKLOG)
-            except OSError as err:
-                found.close()
-                error = err
-            else:
-                return found.detach()
-    raise ResourceError(_name(options), f"Failed to find an available port: {error.strerror if error else 'no address'}")
+    ports = range(int(port), max(int(port), last) + 1) if port.isdecimal() else (port,)
+    addresses = (place for number in ports for place in _resolve(options, number, socket.AI_PASSIVE))
+    return _open_first(addresses, listen, _name(options), "Failed to find an available port")
 
 
 def connect_tcp(options: "Mapping[str, str]") -> int:
@@ -46,19 +44,28 @@ def connect_tcp(options: "Mapping[str, str]") -> int:
     Raises:
         ResourceError: nobody is there.
     """
+
+    def connect(found: socket.socket, address: "Address") -> None:
+        found.settimeout(_CONNECT_TIMEOUT_S)
+        found.connect(address)
+        found.settimeout(None)
+
+    return _open_first(_resolve(options, options["port"], 0), connect, _name(options), "Failed to connect")
+
+
+def _open_first(places: "Iterable[Place]", start: "Callable[[socket.socket, Address], None]", name: str, failed: str) -> int:
+    """Return an owned fd of a socket at the first address where it can be had."""
     error: "OSError | None" = None
-    for family, address in _resolve(options, options["port"], 0):
+    for family, address in places:
         found = socket.socket(family, socket.SOCK_STREAM)
         try:
-            found.settimeout(_CONNECT_TIMEOUT_S)
-            found.connect(address)
-            found.settimeout(None)
+            start(found, address)
         except OSError as err:
             found.close()
             error = err
         else:
             return found.detach()
-    raise ResourceError(_name(options), f"Failed to connect: {error.strerror if error else 'no address'}")
+    raise ResourceError(name, f"{failed}: {(error.strerror or error) if error else 'no address'}")
 
 
 def _name(options: "Mapping[str, str]") -> str:
@@ -66,15 +73,12 @@ def _name(options: "Mapping[str, str]") -> str:
     return f"{options.get('host', '')}:{options['port']}"
 
 
-def _resolve(
-    options: "Mapping[str, str]", port: "int | str", flags: int
-) -> "Iterator[tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]]]":
+def _resolve(options: "Mapping[str, str]", port: "int | str", flags: int) -> "Iterator[Place]":
     """Yield the addresses of a host."""
     wanted = socket.AF_UNSPEC
-    if options.get("ipv4") in _ON and options.get("ipv6") not in _ON:
-        wanted = socket.AF_INET
-    elif options.get("ipv6") in _ON and options.get("ipv4") not in _ON:
-        wanted = socket.AF_INET6
+    ipv4, ipv6 = (as_switch(options.get(key)) == "on" for key in ("ipv4", "ipv6"))
+    if ipv4 != ipv6:
+        wanted = socket.AF_INET if ipv4 else socket.AF_INET6
     try:
         found = socket.getaddrinfo(options.get("host") or None, port, wanted, socket.SOCK_STREAM, 0, flags)
     except socket.gaierror as err:

@@ -149,7 +149,7 @@ class Draft:
     def may(self, fact: "PathFact", want: int) -> bool:
         """Say whether QEMU may open an existing file with its own rights; `want` as in Identity.may."""
         if self.identity.uid == self.facts.caller.account.uid:
-            return (fact.readable or not want & READ) and (fact.writable or not want & WRITE)
+            return self.caller_may(fact, want)
         return self.identity.may(fact.mode, fact.uid, fact.gid, want)
 
     def caller_may(self, fact: "PathFact", want: int) -> bool:
