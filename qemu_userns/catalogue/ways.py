@@ -41,3 +41,4 @@ REFUSE = "refuse"  # it cannot work; the row says why
 # The fdsets by which files are handed over. Those that callers and clients make have lower numbers; QEMU reads one out of a name
 # as an int.
 OWN_FDSET_BASE = 2_000_000_000
+FDS_PER_COMMAND = 64  # at the most, so that no two commands of a monitor use the same number

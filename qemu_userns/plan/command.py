@@ -7,7 +7,7 @@ there QEMU says itself, in its own words.
 import re
 
 from qemu_userns.catalogue.commands import find_hmp_line
-from qemu_userns.catalogue.ways import OWN_FDSET_BASE
+from qemu_userns.catalogue.ways import FDS_PER_COMMAND, OWN_FDSET_BASE
 from qemu_userns.cmdline.hmp import parse_hmp
 from qemu_userns.cmdline.json import parse_json
 from qemu_userns.cmdline.objects import CommandLine
@@ -78,7 +78,9 @@ class CommandDraft(Draft):
         self._fds = 0
 
     def next_fd(self) -> int:
-        """Return the number of the next fd."""
+        """Return the number of the next fd, or refuse the command if it has too many."""
+        if self._fds == FDS_PER_COMMAND:
+            self.refuse("the command", f"more than {FDS_PER_COMMAND} files would be opened outside", "use several commands")
         self._fds += 1
         return self._fds - 1
 
@@ -220,8 +222,7 @@ def build_command_plan(
         needs: what the catalogue found in them.
         facts: the host, with everything looked up that the needs name, relative paths from where QEMU stands.
         identity: who QEMU is.
-        first_number: from here on the VM has given no number to an fdset or a name of its own; as many as the plan has fds are
-            taken.
+        first_number: from here on the VM has given no number to an fdset or a name of its own; FDS_PER_COMMAND may be taken.
         host_tree: which tree QEMU sees, as in the plan of its launch.
     """
     draft = CommandDraft(text, objects, facts, identity, first_number)

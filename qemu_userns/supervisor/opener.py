@@ -5,6 +5,7 @@ Everything that a command got has one number. It belongs to an object of QEMU's,
 
 import os
 
+from qemu_userns.catalogue.ways import FDS_PER_COMMAND
 from qemu_userns.host.leftovers import hold
 from qemu_userns.qmp.actions import Prepared, Refused
 from qemu_userns.record import from_plain, to_plain
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     Answer = Callable[[int, Prepared | Refused], None]
 
 _TIMEOUT_S = 60.0
-_FIRST_NUMBER, _NUMBERS_PER_COMMAND = 100_000, 64  # of fdsets and names, out of the way of the launch
+_FIRST_NUMBER = 100_000  # of fdsets and names, out of the way of the launch
 _ERROR_CLASS = "GenericError"
 
 
@@ -67,7 +68,7 @@ class Opener:
         def work() -> "tuple[Plain, list[int]]":
             from qemu_userns.supervisor.hotplug import Job, open_command
 
-            first = _FIRST_NUMBER + number * _NUMBERS_PER_COMMAND
+            first = _FIRST_NUMBER + number * FDS_PER_COMMAND
             return open_command(Job(self._state, self.pid, self.pidfd, action.name, action.text, placed, first, self._lock))
 
         def done(result: object, fds: "tuple[int, ...]") -> None:

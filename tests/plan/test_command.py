@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_userns.catalogue.commands import HMP, find_command_needs, read_command
-from qemu_userns.catalogue.ways import OWN_FDSET_BASE
+from qemu_userns.catalogue.ways import FDS_PER_COMMAND, OWN_FDSET_BASE
 from qemu_userns.plan.command import CommandPlan, build_command_plan
 from qemu_userns.plan.facts import ImageFact
 from qemu_userns.plan.grants import Bind, Run
@@ -160,6 +160,14 @@ def test_two_disks_have_two_fdsets() -> None:
     found = plan("blockdev-reopen", {"options": [node("/x/file-root1"), node("/x/file-root2")]}, root=True)
     assert [fdset - OWN_FDSET_BASE - FIRST for fdset, _, _ in found.find_fdsets()] == [0, 0, 1, 1]
     assert [number for _, number, _ in found.find_fdsets()] == [0, 1, 2, 3]
+
+
+def test_a_command_takes_no_number_of_the_next_one() -> None:
+    def refusals(count: int) -> int:
+        nodes = [node(f"/x/file-root{number}") for number in range(count)]
+        return len(plan("blockdev-reopen", {"options": nodes}, root=True).find_refusals())
+
+    assert (refusals(FDS_PER_COMMAND // 2), refusals(FDS_PER_COMMAND // 2 + 1)) == (0, 1)
 
 
 def test_the_backing_file_of_a_disk_in_an_fdset_is_named() -> None:
