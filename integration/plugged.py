@@ -256,10 +256,11 @@ def targets(pid: int) -> list[str]:
 
 def watched_by(pid: int) -> set[int]:
     """Return the processes that a process has a pidfd of."""
-    try:
-        texts = [path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir()]
-    except (PermissionError, FileNotFoundError):  # somebody else's, or it has ended
-        return set()
+    texts = []
+    with contextlib.suppress(PermissionError, FileNotFoundError):  # somebody else's, or it has ended
+        for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it is closed in this moment
+                texts.append(path.read_text())
     return {int(line.split()[1]) for text in texts for line in text.splitlines() if line.startswith("Pid:")}
 
 
