@@ -9,7 +9,6 @@ import time
 from qemu_userns.cli.vms import Vm, find_vm, is_supervised, read_vms
 from qemu_userns.errors import HostError, UsageError
 from qemu_userns.supervisor import registry
-from qemu_userns.supervisor.process import PROGRAM
 
 _SCRIPT = os.path.join(os.path.dirname(os.path.abspath(registry.__file__)), "main.py")
 _END_TIMEOUT_S = 5
@@ -46,11 +45,10 @@ def adopt(words: "list[str]") -> int:
 def _start_supervisor(vm: Vm) -> bytes:
     """Start a supervisor that adopts a VM; return what it says when it cannot, nothing when it serves."""
     ours, theirs = os.pipe()
-    words = ["-I", "-S", _SCRIPT, os.path.dirname(vm.socket), str(vm.pid), str(theirs)]
+    words = [sys.executable, "-I", "-S", _SCRIPT, os.path.dirname(vm.socket), str(vm.pid), str(theirs)]
     try:
         subprocess.Popen(
-            [f"{PROGRAM}: {vm.state.title}", *words],
-            executable=sys.executable,
+            words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ import time
 from qemu_userns.host.leftovers import hold
 from qemu_userns.supervisor.cleanup import clean_up
 from qemu_userns.supervisor.poller import IN, Poller
-from qemu_userns.supervisor.process import COMMIT
+from qemu_userns.supervisor.process import COMMIT, show
 from qemu_userns.supervisor.state import read_state
 
 TYPE_CHECKING = False
@@ -118,5 +118,6 @@ def adopt(directory: str, pid: int, ready: int) -> None:
         text = format_error(err) if isinstance(err, QemuUsernsError) else f"qemu-userns: {pid}: {err}\n"
         os.write(ready, text.encode(errors="backslashreplace"))
         return
+    show(state.title)
     os.close(ready)
     run(state, Watch(poller, None, pidfd, daemonizes=False), poller, server)

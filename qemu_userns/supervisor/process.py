@@ -28,11 +28,9 @@ if TYPE_CHECKING:
 
     from qemu_userns.plan.identity import Identity
 
-PROGRAM = "qemu-userns-supervisor"
 READY = "ready"
 JOINED, COMMIT = "joined", "commit"
 _SIZE_BYTES = 65536
-_COMM_BYTES = 15
 _MOST_FDS = 253  # of one message: SCM_MAX_FD
 
 
@@ -227,9 +225,14 @@ def _read_messages(channel: "Socket") -> "Iterator[tuple[str, list[int]]]":
         yield os.fsdecode(data), [int.from_bytes(numbers[i : i + 4], sys.byteorder) for i in range(0, len(numbers), 4)]
 
 
+def show(title: str) -> None:
+    """Show this process as the supervisor of a VM."""
+    process.set_title("qemu-userns-sup", f"qemu-userns-supervisor: {title}")  # a name has 15 bytes
+
+
 def _stay(title: str, channel: int, launcher: int, fds: "list[int]") -> None:
     """Be the supervisor of the VM that is handed over, until it ends; takes over the fds."""
-    process.set_title(PROGRAM[:_COMM_BYTES], f"{PROGRAM}: {title}")
+    show(title)
     os.environ.clear()
     os.environ["PATH"] = os.defpath  # for what it runs (host/programs.py)
     from qemu_userns.supervisor.life import supervise
