@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from integration.talk import DEADLINE_S, IDLE, fds_of, is_alive, started, status_of, wait_until
+from integration.talk import DEADLINE_S, IDLE, fds_of, is_alive, started, status_of, supervisor_of, wait_until
 from qemu_userns.supervisor.registry import find_run_dir
 
 if TYPE_CHECKING:
@@ -139,18 +139,8 @@ class Served:
 
     @property
     def supervisor(self) -> int:
-        """Return the supervisor's pid: who holds the lock of the entry."""
-        return wait_until(self._find_supervisor, "a supervisor")
-
-    def _find_supervisor(self) -> int:
-        folders = [
-            folder for folder in Path("/proc").glob("[0-9]*") if b"qemu-userns-supervisor" in read_bytes(folder / "cmdline")
-        ]
-        for folder in folders:
-            with contextlib.suppress(OSError):
-                if str(self.log_path) in fds_of(int(folder.name)).values():
-                    return int(folder.name)
-        return 0
+        """The supervisor's pid."""
+        return supervisor_of(self.pid)
 
     def connect(self) -> Raw:
         return open_raw(self.path)
@@ -165,13 +155,6 @@ class Served:
     def fds(self) -> tuple[dict[int, str], dict[int, str]]:
         """Return the fd tables of the supervisor and of QEMU, once the supervisor has done what it was asked."""
         return fds_of(self.supervisor), fds_of(self.pid)
-
-
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 @contextlib.contextmanager

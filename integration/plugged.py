@@ -19,9 +19,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from integration.leftovers import process_table
 from integration.shares import Launch, dropin_words
-from integration.talk import DEADLINE_S, PLAIN, connected, started
+from integration.talk import DEADLINE_S, PLAIN, connected, fds_of, started, supervisor_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -180,10 +179,7 @@ class Vm:
     @property
     def supervisor(self) -> int:
         """The supervisor's pid."""
-        command = "qemu-userns-supervisor"
-        return next(
-            pid for pid, (_, words) in process_table().items() if command in words and self.process.pid in watched_by(pid)
-        )
+        return supervisor_of(self.process.pid)
 
     def own(self, path: Path) -> Path:
         """Give a file to QEMU's id."""
@@ -227,8 +223,8 @@ class Vm:
         mounts = (self.proc / "mountinfo").read_text().splitlines()
         view = self.proc / "root"
         root = sorted(str(path.relative_to(view)) for path in find_view(view)) if self.confined else []
-        fds = Counter(targets(self.process.pid))
-        supervisor = Counter(targets(self.supervisor)) if self.confined else Counter[str]()
+        fds = Counter(fds_of(self.process.pid).values())
+        supervisor = Counter(fds_of(self.supervisor).values()) if self.confined else Counter[str]()
         return Held(mounts, root, fds, supervisor)
 
     @contextlib.contextmanager
@@ -243,25 +239,6 @@ class Vm:
         differences = [line for kind in ("mounts", "root", "qemu", "supervisor") for line in before.compare(now, kind)]
         differences = [line for line in differences if not kept or kept not in line]
         assert not differences, "not as before:\n" + "\n".join(differences)
-
-
-def targets(pid: int) -> list[str]:
-    """Return what the fds of a process are, which opens and closes some meanwhile."""
-    found = []
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
-    return found
-
-
-def watched_by(pid: int) -> set[int]:
-    """Return the processes that a process has a pidfd of."""
-    texts = []
-    with contextlib.suppress(PermissionError, FileNotFoundError):  # somebody else's, or it has ended
-        for path in Path(f"/proc/{pid}/fdinfo").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # it is closed in this moment
-                texts.append(path.read_text())
-    return {int(line.split()[1]) for text in texts for line in text.splitlines() if line.startswith("Pid:")}
 
 
 def find_view(root: Path) -> list[Path]:

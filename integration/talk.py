@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from integration.vm import user_environment
+from qemu_userns.supervisor.registry import find_run_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -184,8 +185,18 @@ def words_of(pid: int) -> list[str]:
 
 
 def fds_of(pid: int) -> dict[int, str]:
-    """Return number and target of each fd of a process."""
-    return {int(link.name): os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    """Return number and target of each fd of a process, which opens and closes some meanwhile."""
+    found = {}
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[int(link.name)] = os.readlink(link)
+    return found
+
+
+def supervisor_of(pid: int) -> int:
+    """Return the pid of the supervisor that serves a VM of the tester's."""
+    entry = Path(find_run_dir(os.geteuid())) / f"vms/{pid}.json"
+    return int(json.loads(wait_until(entry.read_text, f"{entry}"))["supervisor"])
 
 
 def map_of(pid: int, kind: str) -> list[tuple[int, int, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from integration.talk import DEADLINE_S, IDLE, connected, fds_of, qmp_over, started, wait_until
+from integration.talk import DEADLINE_S, IDLE, connected, fds_of, qmp_over, started, supervisor_of, wait_until
 from qemu_userns.supervisor import registry
 from tests.conftest import CHECKOUT
 
@@ -38,12 +37,6 @@ def ours(*words: str) -> subprocess.CompletedProcess[str]:
 def adopt(*words: str) -> None:
     done = ours("adopt", *words)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def supervisor_of(pid: int) -> int:
-    """Return the pid of the supervisor that serves."""
-    path = HOME / f"{pid}.json"
-    return int(json.loads(wait_until(path.read_text, f"{path}"))["supervisor"])
 
 
 def kill_supervisor(pid: int) -> None:

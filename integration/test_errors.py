@@ -245,7 +245,8 @@ def test_a_socket_path_that_is_too_long_is_one_line(dropin: list[str], shared_tm
 def test_ctrl_c_before_qemu_runs_ends_the_process_by_that_signal(dropin: list[str], shared_tmp: Path) -> None:
     fifo = shared_tmp / "fifo"
     os.mkfifo(fifo)
-    command = [*dropin, *IDLE, "-readconfig", str(fifo)]  # waits for a writer
+    heeding = ["env", "--default-signal=INT"]  # ignored in a shell's background jobs
+    command = [*heeding, *dropin, *IDLE, "-readconfig", str(fifo)]  # waits for a writer
     with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_until(lambda: is_opening(process.pid), "it opens the file")
         process.send_signal(signal.SIGINT)

@@ -20,10 +20,10 @@ import pytest
 
 from integration.plugged import Vm, compared
 from integration.shares import Launch, launches
-from integration.talk import DEADLINE_S, wait_until
+from integration.talk import DEADLINE_S, PLAIN, running, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     Dialogue = Callable[[Vm], list[Any]]
     Compare = Callable[..., None]
@@ -539,58 +539,45 @@ def owned_by_caller(path: Path) -> list[Any]:
 
 @pytest.mark.parametrize("scheme", ["unix", "exec", "tcp", "fd"])
 def test_incoming_migration(compare: Compare, shared_tmp: Path, scheme: str) -> None:
-    with stream(shared_tmp) as saved:
+    saved = migration_stream(shared_tmp)
 
-        def dialogue(vm: Vm) -> list[Any]:
-            folder = vm.folder / "in"
-            folder.mkdir()
-            seen: list[Any] = []
-            if scheme == "exec":
-                # Where QEMU does not see it.
-                shutil.copy(saved, folder / "stream")
-                seen += [vm.qmp.ask("migrate-incoming", uri=f"exec:cat {folder / 'stream'}")]
-            elif scheme == "fd":
-                ours, theirs = socket.socketpair()
-                with ours, theirs:
-                    seen += [vm.qmp.ask("getfd", theirs.fileno(), fdname="in")]
-                    seen += [vm.qmp.ask("migrate-incoming", uri="fd:in")]
-                    ours.sendall(saved.read_bytes())
-            else:
-                uri = f"unix:{folder / 's'}" if scheme == "unix" else "tcp:127.0.0.1:0"
-                vm.own(folder)
-                seen += [vm.qmp.ask("migrate-incoming", uri=uri)]
-                info = vm.qmp.execute("query-migrate")["socket-address"][0]
-                kind = socket.AF_UNIX if scheme == "unix" else socket.AF_INET
-                with socket.socket(kind) as client:
-                    client.connect(str(folder / "s") if scheme == "unix" else (info["host"], int(info["port"])))
-                    client.sendall(saved.read_bytes())
-            wait_until(lambda: vm.qmp.execute("query-status")["status"] != "inmigrate", "the incoming stream's end")
-            return [*seen, vm.qmp.execute("query-status"), migrated(vm)]
+    def dialogue(vm: Vm) -> list[Any]:
+        folder = vm.folder / "in"
+        folder.mkdir()
+        seen: list[Any] = []
+        if scheme == "exec":
+            # Where QEMU does not see it.
+            shutil.copy(saved, folder / "stream")
+            seen += [vm.qmp.ask("migrate-incoming", uri=f"exec:cat {folder / 'stream'}")]
+        elif scheme == "fd":
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                seen += [vm.qmp.ask("getfd", theirs.fileno(), fdname="in")]
+                seen += [vm.qmp.ask("migrate-incoming", uri="fd:in")]
+                ours.sendall(saved.read_bytes())
+        else:
+            uri = f"unix:{folder / 's'}" if scheme == "unix" else "tcp:127.0.0.1:0"
+            vm.own(folder)
+            seen += [vm.qmp.ask("migrate-incoming", uri=uri)]
+            info = vm.qmp.execute("query-migrate")["socket-address"][0]
+            kind = socket.AF_UNIX if scheme == "unix" else socket.AF_INET
+            with socket.socket(kind) as client:
+                client.connect(str(folder / "s") if scheme == "unix" else (info["host"], int(info["port"])))
+                client.sendall(saved.read_bytes())
+        wait_until(lambda: vm.qmp.execute("query-status")["status"] != "inmigrate", "the incoming stream's end")
+        return [*seen, vm.qmp.execute("query-status"), migrated(vm)]
 
-        compare(dialogue, "-incoming", "defer", kept="/in ")
+    compare(dialogue, "-incoming", "defer", kept="/in ")
 
 
-@contextlib.contextmanager
-def stream(folder: Path) -> Iterator[Path]:
+def migration_stream(folder: Path) -> Path:
     """Make a migration stream of a machine without anything."""
     path = folder / "stream"
-    words = ["qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-M", "none", "-qmp", "stdio"]
-    commands = ["qmp_capabilities", {"migrate": {"uri": f"exec:cat > {path}"}}]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin
-        assert process.stdout
-        for command in commands:
-            name, arguments = next(iter(command.items())) if isinstance(command, dict) else (command, {})
-            process.stdin.write(json.dumps({"execute": name, "arguments": arguments}))
-        status = ""
-        while status != "completed":
-            process.stdin.write('{"execute": "query-migrate"}')
-            process.stdin.flush()
-            status = json.loads(process.stdout.readline()).get("return", {}).get("status", "")
-        process.stdin.write('{"execute": "quit"}')
-        process.stdin.flush()
-        process.stdout.read()
-    yield path
+    with running(PLAIN) as qemu:
+        qemu.qmp.execute("migrate", uri=f"exec:cat > {path}")
+        wait_until(lambda: qemu.qmp.execute("query-migrate").get("status") == "completed", "the stream")
+        assert qemu.quit() == 0
+    return path
 
 
 @pytest.mark.parametrize("hmp", [False, True], ids=["qmp", "hmp"])

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from integration.plugged import PROBE_LIMIT_S, ROOT, Client, Vm, compared, plugged, targets
+from integration.plugged import PROBE_LIMIT_S, ROOT, Client, Vm, compared, plugged
 from integration.shares import Launch, launches
-from integration.talk import connected, wait_until
+from integration.talk import connected, fds_of, wait_until
 from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 
 if TYPE_CHECKING:
@@ -218,14 +218,14 @@ def test_getfd_names_that_collide(vm: Vm) -> None:
     for client, (_, theirs) in zip(clients, pairs, strict=True):
         client.execute("getfd", theirs.fileno(), fdname="net")
     inodes = [os.fstat(theirs.fileno()).st_ino for _, theirs in pairs]
-    held = targets(vm.process.pid)
+    held = list(fds_of(vm.process.pid).values())
     assert [held.count(f"socket:[{inode}]") for inode in inodes] == [1, 1]
     for number, client in enumerate(clients):
         client.execute("netdev_add", type="socket", id=f"n{number}", fd="net")
     for number, client in enumerate(clients):
         assert client.refused("closefd", fdname="net") == "File descriptor named 'net' not found"
         client.execute("netdev_del", id=f"n{number}")
-        assert f"socket:[{inodes[number]}]" not in targets(vm.process.pid)
+        assert f"socket:[{inodes[number]}]" not in fds_of(vm.process.pid).values()
     for pair in pairs:
         pair[0].close()
         pair[1].close()
@@ -234,7 +234,7 @@ def test_getfd_names_that_collide(vm: Vm) -> None:
 def test_names_that_a_client_leaves_are_the_monitors(vm: Vm) -> None:
     with opened(vm.folder / "file") as fd, connected(vm.monitors[0]) as connection:
         Client(connection).execute("getfd", fd, fdname="left")
-    assert wait_until(lambda: str(vm.folder / "file") in targets(vm.process.pid), "the fd")
+    assert wait_until(lambda: str(vm.folder / "file") in fds_of(vm.process.pid).values(), "the fd")
     wait_until(lambda: "return" in vm.qmp.ask("closefd", fdname="left"), "the name given up")
 
 

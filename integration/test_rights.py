@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from integration.brokered import NEGOTIATE, WITH_OOB, Raw, open_raw
-from integration.talk import DEADLINE_S, IDLE, UUID, as_user, fds_of, outcome, started, wait_until
+from integration.talk import DEADLINE_S, IDLE, UUID, as_user, fds_of, outcome, started, supervisor_of, wait_until
 from qemu_userns.supervisor.registry import find_run_dir
 from tests.conftest import CHECKOUT, TEST_USER
 
@@ -413,8 +413,7 @@ def test_fds_of_others_are_out_of_reach(start: StartVm) -> None:
 
 def supervisors_of(vm: Vm, name: str) -> int:
     """Return how many fds of a file the supervisor has."""
-    entry = json.loads((Path(find_run_dir(ME)) / f"vms/{vm.pid}.json").read_text())
-    return list(fds_of(int(entry["supervisor"])).values()).count(str(vm.folder / name))
+    return list(fds_of(supervisor_of(vm.pid)).values()).count(str(vm.folder / name))
 
 
 def test_events_still_come(start: StartVm) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 import json
 import re
-import subprocess
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from integration.talk import running
 from qemu_userns.catalogue import ways
 from qemu_userns.catalogue.command_rows import COMMAND_ROWS
 from qemu_userns.catalogue.commands import HMP, fd_names, find_command_needs, read_command
@@ -450,14 +450,18 @@ HARMLESS_TAGS = {
 }
 
 
+class Told(NamedTuple):
+    """What a QEMU says of its commands."""
+
+    schema: list[dict[str, Any]]
+    help: str
+
+
 @cache
-def ask(binary: str, *commands: str) -> list[dict[str, Any]]:
-    """Start a QEMU without a machine and return its answers."""
-    sent = "".join(f"{command}\n" for command in ('{"execute":"qmp_capabilities"}', *commands, '{"execute":"quit"}'))
-    argv = [binary, "-nodefaults", "-display", "none", "-machine", "none", "-qmp", "stdio"]
-    answer = subprocess.run(argv, input=sent, capture_output=True, text=True, timeout=60, check=False)
-    messages = [json.loads(line) for line in answer.stdout.splitlines()]
-    return [message for message in messages if "return" in message][1:-1]
+def ask(binary: str) -> Told:
+    """Start a QEMU without a machine, and ask it."""
+    with running([binary]) as qemu:
+        return Told(qemu.qmp.execute("query-qmp-schema"), qemu.qmp.hmp("help"))
 
 
 BINARIES = sorted(path for path in glob.glob("/usr/bin/qemu-system-*") if not path.endswith("-microvm"))
@@ -534,11 +538,10 @@ def is_handled(command: str, value: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("binary", BINARIES)
 def test_every_command_that_names_the_host_is_in_the_table(binary: str) -> None:
-    (answer,) = ask(binary, '{"execute":"query-qmp-schema"}')
     left = sorted(
         {
             f"{command} {'.'.join(key)} {[tag for tag in tags_of(value) if tag != '/probe']}"
-            for command, value, key in Schema(answer["return"]).leaves()
+            for command, value, key in Schema(ask(binary).schema).leaves()
             if key and PATH_LIKE.search(key[-1]) and not is_harmless(command, key, value) and not is_handled(command, value)
         }
     )
@@ -569,8 +572,7 @@ HARMLESS_HMP = {
 
 @pytest.mark.parametrize("binary", BINARIES)
 def test_every_hmp_command_with_a_file_is_in_the_table(binary: str) -> None:
-    (answer,) = ask(binary, '{"execute":"human-monitor-command","arguments":{"command-line":"help"}}')
-    entries = re.findall(r"^(\S+) (.*?) -- ", answer["return"].replace("\r", ""), re.MULTILINE | re.DOTALL)
+    entries = re.findall(r"^(\S+) (.*?) -- ", ask(binary).help.replace("\r", ""), re.MULTILINE | re.DOTALL)
     assert len(entries) > 50
     speaks = re.compile(r"file|path|\buri\b|device|args|prop=|host|fd\b|target|type=")
     left = {name for name, params in entries if speaks.search(params.rpartition("\n\n")[2])} - set(COMMANDS) - set(HARMLESS_HMP)
