@@ -384,6 +384,7 @@ def test_a_file_below_a_directory_that_is_shown(vm: Vm) -> None:
                     vm.other.execute("object-del", id="d")
                 else:
                     vm.other.execute("blockdev-del", node_name="f")
+                vm.settle()
             wait_until(lambda: not opens(vm, image), "the path out of view")
 
 

@@ -123,15 +123,19 @@ def _plan(job: Job) -> "CommandPlan":
 
 
 def _build_layout(job: Job, plan: "CommandPlan") -> "tuple[tuple[Placed, ...], tuple[int, ...]]":
-    """Return what is to be placed, without what the view shows already, and the commands whose places that uses."""
+    """Return what is to be placed, without what the view shows already, and the commands whose places that uses.
+
+    A place below a directory uses that: taken back, the directory would take with it what is attached below it.
+    """
     before = (*job.state.layout, *(grant for grant, _ in job.placed))
     numbers = {id(grant): number for grant, number in job.placed}
     missing: "list[Placed]" = []
-    reused = set()
+    reused: "set[int]" = set()
     for grant in plan.build_layout():
         shown = find_shown(before, grant)
         if shown is None:
             missing.append(grant)
+            reused.update(number for placed, number in job.placed if find_covered([grant], placed.path))
         elif id(shown) in numbers:
             reused.add(numbers[id(shown)])
     covered = [other for grant in missing for other in find_covered(before, grant.path) if isinstance(other, Bind | Link)]
