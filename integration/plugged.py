@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from integration.shares import Launch, dropin_words
-from integration.talk import DEADLINE_S, PLAIN, connected, fds_of, started, supervisor_of
+from integration.talk import DEADLINE_S, PLAIN, connected, fds_of, started, supervisor_of, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -133,10 +133,13 @@ class Held:
     qemu: Counter[str]
     supervisor: Counter[str]
 
-    def compare(self, other: Held, kind: str) -> list[str]:
-        """Return a line for each thing that one of them has more than the other."""
-        ours, theirs = Counter(getattr(self, kind)), Counter(getattr(other, kind))
-        return [f"{kind} gone: {line}" for line in (ours - theirs)] + [f"{kind} new: {line}" for line in (theirs - ours)]
+    def compare(self, later: Held, kept: str) -> list[str]:
+        """Return a line for each thing that came or went, but for paths of a name."""
+        lines = []
+        for kind in ("mounts", "root", "qemu", "supervisor"):
+            ours, theirs = Counter(getattr(self, kind)), Counter(getattr(later, kind))
+            lines += [f"{kind} gone: {line}" for line in (ours - theirs)] + [f"{kind} new: {line}" for line in (theirs - ours)]
+        return [line for line in lines if not kept or kept not in line]
 
 
 @dataclass
@@ -180,6 +183,12 @@ class Vm:
     def supervisor(self) -> int:
         """The supervisor's pid."""
         return supervisor_of(self.process.pid)
+
+    def settle(self) -> None:
+        """Wait until the supervisor has done what the commands so far make it do."""
+        self.qmp.execute("query-status")
+        workers = Path(f"/proc/{self.supervisor}/task/{self.supervisor}/children")
+        wait_until(lambda: not workers.read_text(), "the end of the supervisor's workers")
 
     def own(self, path: Path) -> Path:
         """Give a file to QEMU's id."""
@@ -233,11 +242,10 @@ class Vm:
         self.qmp.execute("query-status")
         before = self.held()
         yield
+        self.settle()
         end = time.monotonic() + SETTLE_S
-        while (now := self.held()) != before and time.monotonic() < end:
+        while (differences := before.compare(self.held(), kept)) and time.monotonic() < end:
             time.sleep(0.02)
-        differences = [line for kind in ("mounts", "root", "qemu", "supervisor") for line in before.compare(now, kind)]
-        differences = [line for line in differences if not kept or kept not in line]
         assert not differences, "not as before:\n" + "\n".join(differences)
 
 
