@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from integration.leftovers import host_state, sweep_unheld_leases
+from integration.plugged import compared
+from integration.shares import launches
 from tests.conftest import (
     dropin_folder,
     pytest_collection_modifyitems,
@@ -22,6 +24,9 @@ from tests.conftest import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from integration.plugged import Compare
+    from integration.shares import Launch
 
 __all__ = [
     "pytest_collection_modifyitems",
@@ -50,6 +55,19 @@ def clean_host(shared_tmp: Path) -> Iterator[None]:
         time.sleep(0.05)
         sweep_unheld_leases()
     assert not left, "left on the host:\n" + "\n".join(left)
+
+
+@pytest.fixture(scope="module", params=launches(), ids=str)
+def launch(request: pytest.FixtureRequest) -> Launch:
+    """Each way that the tester has to start the drop-in."""
+    found: Launch = request.param
+    return found
+
+
+@pytest.fixture
+def compare(launch: Launch, shared_tmp: Path) -> Compare:
+    """Have a dialogue with plain QEMU and with the drop-in's."""
+    return lambda dialogue, *options, **more: compared(shared_tmp, launch, dialogue, *options, **more)
 
 
 @pytest.fixture

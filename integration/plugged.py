@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     Dialogue = Callable[["Vm"], list[Any]]
+    Compare = Callable[..., None]
 
 ROOT = os.geteuid() == 0
 BARE = ["-nodefaults", "-display", "none", "-M", "none"]

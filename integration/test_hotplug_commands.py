@@ -18,28 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from integration.plugged import Vm, compared
+from integration.plugged import Vm
 from integration.shares import Launch, launches
 from integration.talk import DEADLINE_S, PLAIN, running, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Dialogue = Callable[[Vm], list[Any]]
-    Compare = Callable[..., None]
+    from integration.plugged import Compare
 
 pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
 
 PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "16", "-vga", "std"]
 CDROM = ["-device", "ide-cd,id=cd"]
 PATTERN = b"\x5a" * 512
-
-
-@pytest.fixture(params=launches(), ids=str)
-def compare(request: pytest.FixtureRequest, shared_tmp: Path) -> Compare:
-    """Have a dialogue with plain QEMU and with the drop-in's."""
-    launch: Launch = request.param
-    return lambda dialogue, *options, **more: compared(shared_tmp, launch, dialogue, *options, **more)
 
 
 def nodes(vm: Vm) -> list[Any]:

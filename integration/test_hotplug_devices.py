@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from integration.plugged import Vm, compared, plugged
-from integration.shares import Launch, dropin_words, launches
+from integration.shares import Launch, dropin_words
 from integration.talk import PLAIN, wait_until
 from qemu_userns.linux import process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    Compare = Callable[..., None]
+    from integration.plugged import Compare, Dialogue
 
 pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
 
@@ -45,12 +45,6 @@ mount --bind /dev/shm {{folder}}/shm
 for name in {" ".join(STAND_INS)}; do mknod -m 600 {{folder}}/$name c 1 3; done
 mount --move {{folder}} /dev
 """
-
-
-@pytest.fixture(params=launches(), ids=str)
-def launch(request: pytest.FixtureRequest) -> Launch:
-    assert isinstance(request.param, Launch)
-    return request.param
 
 
 @pytest.fixture
@@ -91,7 +85,7 @@ def said(launch: Launch | None, *options: str) -> str:
     return re.sub(r"^\S*qemu-system-\w+: ", "", ended.stderr, flags=re.MULTILINE)
 
 
-def added(driver: str, **more: object) -> Callable[[Vm], list[Any]]:
+def added(driver: str, **more: object) -> Dialogue:
     """Return a dialogue that plugs a device in twice, and sees what of it is left."""
 
     def dialogue(vm: Vm) -> list[Any]:
@@ -101,7 +95,7 @@ def added(driver: str, **more: object) -> Callable[[Vm], list[Any]]:
     return dialogue
 
 
-def in_hmp(words: str) -> Callable[[Vm], list[Any]]:
+def in_hmp(words: str) -> Dialogue:
     """Return the same in HMP, which has no error replies: what it got stays."""
     return lambda vm: [vm.qmp.hmp(f"device_add {words}") for _ in range(2)]
 

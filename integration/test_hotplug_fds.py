@@ -11,30 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from integration.plugged import PROBE_LIMIT_S, ROOT, Client, Vm, compared, plugged
-from integration.shares import Launch, launches
+from integration.plugged import PROBE_LIMIT_S, ROOT, Client, Vm, plugged
+from integration.shares import Launch
 from integration.talk import connected, fds_of, wait_until
 from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    Compare = Callable[..., None]
+    from integration.plugged import Compare
 
 pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
 
 SUPERVISOR_IS_QUIET = 20
-
-
-@pytest.fixture(params=launches(), ids=str)
-def launch(request: pytest.FixtureRequest) -> Launch:
-    assert isinstance(request.param, Launch)
-    return request.param
-
-
-@pytest.fixture
-def compare(launch: Launch, shared_tmp: Path) -> Compare:
-    return lambda dialogue, *options, **more: compared(shared_tmp, launch, dialogue, *options, **more)
 
 
 @pytest.fixture

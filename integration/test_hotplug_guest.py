@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from integration.plugged import Client, Vm, plugged
-from integration.shares import Launch, launches
+from integration.shares import Launch
 from integration.talk import DEADLINE_S, connected
 from integration.vm import machine_options, port_options
 
@@ -64,9 +64,8 @@ class Booted:
     guest: Guest
 
 
-@pytest.fixture(params=launches(), ids=str)
-def booted(request: pytest.FixtureRequest, shared_tmp: Path) -> Iterator[Booted]:
-    launch: Launch = request.param
+@pytest.fixture
+def booted(launch: Launch, shared_tmp: Path) -> Iterator[Booted]:
     home = shared_tmp / "home"
     home.mkdir()
     machine = machine_options(home, "tcg", 128, "qemu_userns_serve")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from integration.rom import EXIT_DEVICE, build_rom, exit_status
-from integration.shares import Launch, dropin_words, launches
+from integration.shares import Launch, dropin_words
 from tests.conftest import KVM, lacking, probe_kvm
 
 if TYPE_CHECKING:
@@ -29,12 +29,6 @@ def rom(shared_tmp: Path) -> Path:
     path = shared_tmp / "rom.bin"
     path.write_bytes(build_rom(LINE, VALUE))
     return path
-
-
-@pytest.fixture(params=launches(), ids=str)
-def launch(request: pytest.FixtureRequest) -> Launch:
-    found: Launch = request.param
-    return found
 
 
 @pytest.fixture(params=["tcg", "kvm", "kvm by -machine", "kvm by -enable-kvm", "kvm or tcg"])

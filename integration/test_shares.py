@@ -19,7 +19,6 @@ from integration.shares import (
     SharedVm,
     dropin_words,
     fsdev,
-    launches,
     mapped_ids,
     metadata,
     module_folder,
@@ -89,9 +88,8 @@ def make_shares(folder: Path, launch: Launch) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module", params=launches(), ids=str)
-def vm(request: pytest.FixtureRequest) -> Iterator[SharedVm]:
-    launch: Launch = request.param
+@pytest.fixture(scope="module")
+def vm(launch: Launch) -> Iterator[SharedVm]:
     with module_folder() as folder, shared_vm(launch, make_shares(folder, launch), folder) as vm:
         vm.mount(*MODELS, *PLACES)
         yield vm
@@ -369,12 +367,6 @@ def start(launch: Launch, *options: str, env: dict[str, str] | None = None) -> s
     words = [*dropin_words(), "-nodefaults", "-display", "none", "-monitor", "stdio", *options, *launch.options]
     environment = {**os.environ, **(env or {})}
     return subprocess.run(words, input="quit\n", capture_output=True, text=True, timeout=60, env=environment)
-
-
-@pytest.fixture(params=launches(), ids=str)
-def launch(request: pytest.FixtureRequest) -> Launch:
-    found: Launch = request.param
-    return found
 
 
 @contextlib.contextmanager

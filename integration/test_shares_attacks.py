@@ -30,10 +30,9 @@ REAL_IDS = ("passthrough", "none")
 # --- root in a real guest -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=launches(), ids=str)
-def vm(request: pytest.FixtureRequest) -> Iterator[SharedVm]:
+@pytest.fixture(scope="module")
+def vm(launch: Launch) -> Iterator[SharedVm]:
     """A guest with shares pt, pt2 (the same folder), none and mx; beside them lies what is not shared."""
-    launch: Launch = request.param
     with module_folder() as folder:
         make_secret(folder)
         for name in ("pt", "none", "mx"):
