@@ -173,9 +173,9 @@ def test_text_for_people_has_no_control_characters() -> None:
 
 
 @pytest.fixture
-def vms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def vms(shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty registry."""
-    monkeypatch.setattr(registry, "find_run_dir", lambda _: str(tmp_path / "run"))
+    monkeypatch.setattr(registry, "find_run_dir", lambda _: str(shared_tmp / "run"))
     return Path(registry.open_registry(os.geteuid()))
 
 
