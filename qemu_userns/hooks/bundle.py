@@ -4,6 +4,7 @@ The modules of a group are run together (loader.py); those that only some launch
 """
 
 import ast
+import hashlib
 import importlib.util
 import marshal
 import os
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from types import CodeType
 
 NAME = ".qemu-userns.bundle"
+_MARK_BYTES = 8
 LOADER = "qemu_userns.hooks.loader"
 # What each group is for; it has all that this imports, unless an earlier group has it.
 _GROUPS = (
@@ -38,16 +40,24 @@ _GROUPS = (
 
 
 def build_bundle() -> bytes:
-    """Return the bundle: the interpreter's magic number and, marshalled, the loader's code and its GROUPS."""
+    """Return the bundle.
+
+    It is the interpreter's magic number; the size of the head; the head, marshalled, with the loader's code and its GROUPS; and
+    the groups, each of which is read when it is needed.
+    """
     groups = []
+    blocks = b""
     done: "set[str]" = set()
     for names in _GROUPS:
         members = [member for name in names for member in _list_needed(name, done)]
         files = [(member, _find_file(member)) for member in members]
         stats = tuple((file, status.st_mtime_ns, status.st_size) for _, file in files for status in [os.stat(file)])
-        code = marshal.dumps(tuple((member, file, _is_package(file), _compile(file)) for member, file in files))
-        groups.append((tuple(members), stats, code))
-    return importlib.util.MAGIC_NUMBER + marshal.dumps((_compile(_find_file(LOADER)), tuple(groups)))
+        block = marshal.dumps((stats, tuple((member, file, _is_package(file), _compile(file)) for member, file in files)))
+        mark = hashlib.sha256(block).digest()[:_MARK_BYTES]
+        groups.append((tuple(members), len(blocks), len(mark + block), mark))
+        blocks += mark + block
+    head = marshal.dumps((_compile(_find_file(LOADER)), tuple(groups)))
+    return importlib.util.MAGIC_NUMBER + len(head).to_bytes(4, "little") + head + blocks
 
 
 def _list_needed(name: str, done: "set[str]") -> "Iterator[str]":

@@ -22,11 +22,11 @@ if _signal.getsignal(2) is _signal.default_int_handler:
     _signal.signal(2, _signal.SIG_DFL)  # Ctrl-C ends this process at once; the supervisor cleans up
 sys.path += {path!r}
 try:
-    with open({bundle!r}, "rb") as file:
-        data = file.read()
-    if data.startswith(MAGIC_NUMBER):
-        loader, groups = marshal.loads(memoryview(data)[len(MAGIC_NUMBER) :])
-        exec(loader, {{"GROUPS": groups, "__name__": "qemu_userns.hooks.loader"}})
+    with open({bundle!r}, "rb", 0) as file:
+        if file.read(len(MAGIC_NUMBER)) == MAGIC_NUMBER:
+            loader, groups = marshal.loads(file.read(int.from_bytes(file.read(4), "little")))
+            sight = {{"BUNDLE": {bundle!r}, "BASE": file.tell(), "GROUPS": groups}}
+            exec(loader, {{**sight, "__name__": "qemu_userns.hooks.loader"}})
 except OSError:
     pass  # the modules are imported one by one
 try:

@@ -1,23 +1,25 @@
 """Import this program's modules from the one file that `qemu-userns install` makes (bundle.py).
 
-Runs in the drop-in entry and in the supervisor's interpreter, out of that file, with its GROUPS in sight. To import modules one
+Runs in the drop-in entry, out of that file, with its path, the BUNDLE, and its BASE and GROUPS in sight. To import modules one
 by one costs more than to run them: a search for each file, and the import system's own steps. So the modules of a group are
 read and run together, in an order in which each finds there what it imports. A group with a module that has changed since is
 left alone, and its modules are imported from their files.
 """
 
+import posix
 import sys
 from _frozen_importlib import ModuleSpec
 from marshal import loads
-from posix import stat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import CodeType, ModuleType
 
-    Group = tuple[tuple[str, ...], tuple[tuple[str, int, int], ...], bytes]
-    # Of each group: the names of its modules; their files with mtime in ns and size in bytes; and, marshalled, what
-    # they are: name, file, whether it is a package, and its code.
+    Group = tuple[tuple[str, ...], int, int, bytes]
+    BUNDLE, BASE = "", 0
+    # Of each group: the names of its modules; where it begins, from BASE, and its size, in bytes; and what it begins with. There
+    # follow, marshalled, the modules' files with mtime in ns and size in bytes; and of each its name, its file, whether
+    # it is a package, and its code.
     GROUPS: "tuple[Group, ...]" = ()
 
 _ModuleType = type(sys)
@@ -35,10 +37,12 @@ class BundleFinder:
             return None
         for member in group[0]:
             del _group_of[member]
-        if not is_current(group[1]):
+        data = _read(*group[1:])
+        files, modules = loads(data) if data is not None else ((), ())
+        if not is_current(files):
             return None
         spec = None
-        for member, file, is_package, code in loads(group[2]):
+        for member, file, is_package, code in modules:
             found = _build_spec(member, file, is_package)
             if member == name:
                 spec = found
@@ -53,6 +57,17 @@ class BundleFinder:
     @staticmethod
     def exec_module(module: "ModuleType") -> None:
         """Do nothing: it has run."""
+
+
+def _read(start: int, size: int, mark: bytes) -> "memoryview | None":
+    """Return what a group is behind its mark, None if the bundle is gone, or is another one by now."""
+    try:
+        fd = posix.open(BUNDLE, posix.O_RDONLY | posix.O_CLOEXEC)
+    except OSError:
+        return None
+    data = posix.pread(fd, size, BASE + start)
+    posix.close(fd)
+    return memoryview(data)[len(mark) :] if data.startswith(mark) and len(data) == size else None
 
 
 def _build_spec(name: str, file: str, is_package: bool) -> ModuleSpec:
@@ -83,7 +98,7 @@ def is_current(files: "tuple[tuple[str, int, int], ...]") -> bool:
     """Say whether every module is as it was when the bundle was made."""
     try:
         for file, mtime_ns, size_bytes in files:
-            found = stat(file)
+            found = posix.stat(file)
             if found.st_mtime_ns != mtime_ns or found.st_size != size_bytes:
                 return False
     except OSError:

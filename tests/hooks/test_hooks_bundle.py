@@ -17,8 +17,10 @@ ASK = """
 import sys
 sys.path += [{path!r}]
 import marshal
-loader, groups = marshal.loads(open({bundle!r}, "rb").read()[{magic}:])
-exec(loader, {{"GROUPS": groups, "__name__": "loader"}})
+data = open({bundle!r}, "rb").read()
+head = int.from_bytes(data[4:8], "little")
+loader, groups = marshal.loads(data[8:])
+exec(loader, {{"BUNDLE": {bundle!r}, "BASE": 8 + head, "GROUPS": groups, "__name__": "loader"}})
 import qemu_userns.hooks.dropin as early
 import qemu_userns.planning as late
 for module in (early, late):
@@ -36,7 +38,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def ask(checkout: Path) -> list[str]:
     """Return how a module of the first group and one of the second are imported in an interpreter that has the bundle."""
-    script = ASK.format(path=str(checkout), bundle=str(checkout / "bundle"), magic=len(importlib.util.MAGIC_NUMBER))
+    script = ASK.format(path=str(checkout), bundle=str(checkout / "bundle"))
     done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
@@ -71,11 +73,11 @@ def test_a_group_that_is_older_than_a_module_is_left_alone(checkout: Path, chang
 def test_it_has_the_launch_path_and_no_tools() -> None:
     data = build_bundle()
     assert data.startswith(importlib.util.MAGIC_NUMBER)
-    _, groups = marshal.loads(data[len(importlib.util.MAGIC_NUMBER) :])
-    first, second = ({*names} for names, _, _ in groups[:2])
+    _, groups = marshal.loads(data[len(importlib.util.MAGIC_NUMBER) + 4 :])
+    first, second = ({*names} for names, *_ in groups[:2])
     assert {"qemu_userns", "qemu_userns.launch", "qemu_userns.supervisor.process"} <= first
     assert {"qemu_userns.plan.build", "qemu_userns.sandbox.view"} <= second
-    names = [name for names, _, _ in groups for name in names]
+    names = [name for names, *_ in groups for name in names]
     assert len(names) == len(set(names))
     assert not [name for name in names if name.startswith("qemu_userns.cli") or name == LOADER]
 
@@ -83,8 +85,8 @@ def test_it_has_the_launch_path_and_no_tools() -> None:
 def test_the_launch_path_imports_no_other_module() -> None:
     """What a launch needs is read with the groups that are made for it, not file by file."""
     data = build_bundle()
-    _, groups = marshal.loads(data[len(importlib.util.MAGIC_NUMBER) :])
-    early = {name for names, _, _ in groups[:2] for name in names}
+    _, groups = marshal.loads(data[len(importlib.util.MAGIC_NUMBER) + 4 :])
+    early = {name for names, *_ in groups[:2] for name in names}
     script = f"import sys; sys.path.insert(0, {str(Path(qemu_userns.__file__).parents[1])!r})\n"
     script += "import qemu_userns.hooks.dropin\n" + "".join(f"import {name}\n" for name in groups[1][0])
     script += "print(*(name for name in sys.modules if name.startswith('qemu_userns')))"
