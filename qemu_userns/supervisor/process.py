@@ -1,6 +1,6 @@
 """The process beside the launcher: it works outside while the launcher plans, and beside QEMU afterwards.
 
-Theory of operation. `fork_supervisor` starts it in a session of its own and with no fd of the caller. At once it makes QEMU's
+Theory of operation. `fork_supervisor` starts it in a process group of its own and with no fd of the caller. At once it makes QEMU's
 namespaces and has the id maps written, which takes newuidmap and newgidmap as long as the launcher needs to plan; then it
 answers with the pid of the namespaces' holder, and leaves the launcher's family by another fork. Over a socket of messages the
 launcher tells of each file that it creates (`note`), says when it has joined the namespaces (`hand_over`), and sends COMMIT last
@@ -146,7 +146,9 @@ def _run_child(channel: "Socket", answer: int, identity: "Identity", lease: str)
     """Serve the launcher, leave its family, and end; nothing of the launcher's own code runs in here any more."""
     try:
         launcher = os.pidfd_open(os.getppid())
-        os.setsid()
+        # Out of reach of who kills the caller's process group. A session, which it gets later, is a group of the scheduler's as
+        # well, and moving there costs the launcher 2 ms of waiting for the namespaces.
+        os.setpgid(0, 0)
         for number in (process.SIGHUP, process.SIGINT, process.SIGTERM):
             # Who stops QEMU's whole control group still wants QEMU's files removed after it.
             process.ignore_signal(number)
@@ -161,6 +163,7 @@ def _run_child(channel: "Socket", answer: int, identity: "Identity", lease: str)
         if holder is not None:
             holder.let_go()
         if os.fork() == 0:  # only now, while the launcher builds the view: it waits for the maps, and QEMU must have no child
+            os.setsid()
             if fds:
                 _stay(title, channel.detach(), launcher, fds)
             elif os.fsdecode(channel.recv(_SIZE_BYTES)) != COMMIT:
