@@ -1,7 +1,7 @@
 """The process beside the launcher: it works outside while the launcher plans, and beside QEMU afterwards.
 
-Theory of operation. `fork_supervisor` starts it in a process group of its own and with no fd of the caller. At once it makes QEMU's
-namespaces and has the id maps written, which takes newuidmap and newgidmap as long as the launcher needs to plan; then it
+Theory of operation. `fork_supervisor` starts it in a process group of its own and with no fd of the caller. At once it makes
+QEMU's namespaces and has the id maps written, which takes newuidmap and newgidmap as long as the launcher needs to plan; then it
 answers with the pid of the namespaces' holder, and leaves the launcher's family by another fork. Over a socket of messages the
 launcher tells of each file that it creates (`note`), says when it has joined the namespaces (`hand_over`), and sends COMMIT last
 before execve. If the socket ends without COMMIT, the launcher has died, and all those files are removed.
