@@ -82,6 +82,8 @@ def _run(spec: ModuleSpec, code: "CodeType") -> None:
     """Run a module, and leave it where an import finds it."""
     module = _ModuleType(spec.name)
     parent, _, last = spec.name.rpartition(".")
+    if parent:
+        __import__(parent)  # an earlier group may have it, which this process has not needed so far
     module.__spec__ = spec
     module.__file__ = spec.origin
     module.__package__ = parent

@@ -82,6 +82,30 @@ def test_it_has_the_launch_path_and_no_tools() -> None:
     assert not [name for name in names if name.startswith("qemu_userns.cli") or name == LOADER]
 
 
+def test_any_module_may_be_the_first_that_is_needed(checkout: Path) -> None:
+    """A launch that needs a later group before an earlier one, as JSON on its command line did, gets both."""
+    make(checkout)
+    _, groups = marshal.loads((checkout / "bundle").read_bytes()[len(importlib.util.MAGIC_NUMBER) + 4 :])
+    names = [name for members, *_ in groups for name in members]
+    script = ASK.format(path=str(checkout), bundle=str(checkout / "bundle")).partition("import qemu_userns")[0]
+    script += f"""
+import importlib, os
+for name in {names!r}:
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            module = importlib.import_module(name)
+            status = int(module.__spec__.loader.__name__ != "BundleFinder")
+        finally:
+            os._exit(status)
+    if os.waitpid(child, 0)[1]:
+        print(name)
+"""
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+
+
 def test_the_launch_path_imports_no_other_module() -> None:
     """What a launch needs is read with the groups that are made for it, not file by file."""
     data = build_bundle()
