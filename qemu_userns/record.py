@@ -41,6 +41,9 @@ class Record:
         """
         fields = self._fields
         values = self.__dict__
+        if not kwargs and len(args) == len(fields):
+            values.update(zip(fields, args, strict=False))
+            return
         known = True
         if len(args) < len(fields):
             values.update(self._defaults)

@@ -295,7 +295,8 @@ class Broker:
             while True:
                 while self._todo:
                     self._do(self._todo.popleft())
-                self._steer()
+                if self._paused or self._ending:
+                    self._steer()
                 if not self._todo:
                     break
         finally:

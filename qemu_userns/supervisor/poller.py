@@ -45,11 +45,12 @@ class Poller:
 
     def run_once(self, timeout_s: "float | None" = None) -> None:
         """Wait for something to happen, at most `timeout_s`, and call back for all of it."""
-        happened = [(fd, events, self._callbacks[fd]) for fd, events in self._poll.poll(self._find_timeout(timeout_s))]
-        for fd, events, watched in happened:
+        events = self._poll.poll(self._find_timeout(timeout_s) if self._timers or timeout_s is not None else None)
+        happened = [(fd, event, self._callbacks[fd]) for fd, event in events]
+        for fd, event, watched in happened:
             # An earlier callback may have ended this one, and the fd's number may be another's by now.
             if self._callbacks.get(fd) == watched:
-                self._call(watched[1], watched[0], events)
+                self._call(watched[1], watched[0], event)
         if self._timers:
             now = time.monotonic()
             expired = [call for when, call in self._timers if when <= now]
