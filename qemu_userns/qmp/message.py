@@ -5,6 +5,7 @@ Source: qapi/qmp-dispatch.c and docs/interop/qmp-spec.rst of QEMU.
 
 import json
 import re
+from functools import lru_cache
 
 from qemu_userns.qmp.dialect import DialectError, format_value, parse_value
 from qemu_userns.record import Record
@@ -13,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
+_SHORT_BYTES, _MOST_KEPT = 128, 64
 NOT_FOUND = "CommandNotFound"
 GENERIC = "GenericError"
 NEGOTIATE_FIRST = "Expecting capabilities negotiation with 'qmp_capabilities'"
@@ -88,7 +90,15 @@ def read_text(raw: bytes) -> "tuple[object, str]":
 
 
 def parse_command(raw: bytes) -> "Command | None":
-    """Return the command that a message is, None where QEMU answers it before it looks for a command."""
+    """Return the command that a message is, None where QEMU answers it before it looks for a command.
+
+    What a client asks again and again is read once. No arguments are kept, which may be secrets.
+    """
+    known = len(raw) <= _SHORT_BYTES and b"arguments" not in raw and b"\\" not in raw
+    return _parse_again(raw) if known else _parse(raw)
+
+
+def _parse(raw: bytes) -> "Command | None":
     try:
         value, text = read_text(raw)
     except DialectError:
@@ -101,6 +111,9 @@ def parse_command(raw: bytes) -> "Command | None":
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
     return Command(name, oob, _format_id(value["id"]) if "id" in value else None, arguments, text)
+
+
+_parse_again = lru_cache(_MOST_KEPT)(_parse)
 
 
 def _format_id(value: object) -> str:
@@ -193,6 +206,8 @@ def _indent(echo: str) -> str:
 
 def read_reply(line: bytes) -> Reply:
     """Tell what QEMU's message is, from its first member: QEMU's objects have an order (`order_keys`)."""
+    if line.startswith(b'{"return"'):  # most are
+        return Reply("return", line)
     match = _FIRST_MEMBER.match(line)
     first = match[1].decode() if match else ""
     if first == "id":  # a return comes before the id

@@ -176,8 +176,16 @@ class Session:
                 if self._is_allowed(client, command):
                     self._oob.push(client, command)
                 return
+            if self._is_free(client):
+                self._serve_command(client, command)
+                return
             client.push(Turn(command))
         self._line.add(client)
+
+    def _is_free(self, client: Client) -> bool:
+        """Tell whether a client's command would be the next one: nothing is at QEMU, and nothing waits."""
+        shared = self._shared
+        return self._job is None and shared.ready and not (client.busy or self._line or shared.chores or self._closed)
 
     def _drop(self, client: Client) -> None:
         """Give up everything of a client that leaves."""

@@ -5,8 +5,6 @@ one of them is closed too often; a scalar is a message; so is a comma. All of th
 each item causes exactly one reply.
 """
 
-import re
-
 from qemu_userns.qmp import lexer
 from qemu_userns.record import Record
 
@@ -47,7 +45,7 @@ class CommandStream:
     def feed(self, data: bytes) -> "list[Item]":
         """Take the next bytes and return the items that end in them."""
         if not self._buffer and not self._discarding and len(data) < _SHORT and self._state <= lexer.RECOVERY:
-            whole = re.fullmatch(lexer.MESSAGE, data)
+            whole = lexer.compile_message().fullmatch(data)
             if whole:
                 self._state = lexer.START
                 return [Item("message", whole[1])]

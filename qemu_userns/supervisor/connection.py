@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Receiver = Callable[[bytes, tuple[int, ...]], None]
 
-_CHUNK_BYTES = 65536
+_CHUNK_BYTES = 16384
 _PIPE_BYTES = 4096  # PIPE_BUF: a pipe that poll(2) calls writable takes as much without blocking
 _MOST_FDS = 16  # as QEMU: io/channel-socket.c
 _ANCILLARY_BYTES = CMSG_SPACE(4 * _MOST_FDS) + CMSG_SPACE(12)
@@ -147,6 +147,9 @@ class Connection:
 
     def _happened(self, events: int) -> None:
         """Write, read or hear of the end: one fd."""
+        if events == IN and self._reading:  # most often
+            self._read()
+            return
         self.hung_up = self.hung_up or bool(events & (HUP | ERR))
         if events & OUT and self._queue:
             self._flush()

@@ -65,6 +65,17 @@ def test_what_is_no_command(text: bytes, fault: str) -> None:
     assert find_fault(text, allow_oob=True)[0] == fault
 
 
+def test_what_is_asked_again_is_read_once_but_for_arguments() -> None:
+    query = b'{"execute": "query-status", "id": 7}'
+    assert parse_command(query) is parse_command(bytes(bytearray(query)))
+    secrets = (b'{"execute": "a", "arguments": {"data": "b"}}', b'{"execute": "a", "argument\\u0073": {"data": "b"}}')
+    for text in secrets:
+        command = parse_command(text)
+        assert command is not None
+        assert command.arguments == {"data": "b"}
+        assert parse_command(text) is not command
+
+
 def test_exec_oob_is_found_in_what_is_no_command() -> None:
     assert mentions_oob(b'{"exec\\u002doob": 5}')
     assert mentions_oob(b'{"exec-oob": "a", "foo": 1}')
