@@ -18,7 +18,7 @@ import pytest
 from integration.talk import Qmp, Running, connected, fds_of, map_of, qmp_over, started, wait_until
 from qemu_userns.host.opening import Opened
 from qemu_userns.plan.grants import Bind, Grant, Node
-from qemu_userns.plan.identity import DIRECT, SELF, Identity, MapEntry
+from qemu_userns.plan.identity import DIRECT, SELF, Identity, MapEntry, MountMap, build_owner_map
 from qemu_userns.plan.layout import build_layout
 from qemu_userns.sandbox.places import Shown
 from qemu_userns.sandbox.running import Namespaces, bind_running, open_namespaces, unbind_running
@@ -113,7 +113,7 @@ def image_at(path: Path, form: str, plug: HotPlug | None = None) -> Path:
     return path
 
 
-def bind(path: Path, **options: bool | tuple[int, int]) -> Bind:
+def bind(path: Path, **options: bool | MountMap) -> Bind:
     status = path.lstat()
     return Bind("test", str(path), inode=(status.st_dev, status.st_ino), **options)  # type: ignore[arg-type]
 
@@ -186,7 +186,7 @@ def test_an_image_that_only_root_may_read(plug: HotPlug, shared_tmp: Path) -> No
     shown = plug.bind(bind(image))
     assert not plug.opens(image)
     plug.unbind(shown)
-    shown = plug.bind(bind(image, owner=(0, 0)))
+    shown = plug.bind(bind(image, idmap=build_owner_map(0, 0, plug.identity)))
     assert plug.opens(image)
     assert not plug.opens(image, read_only="off")
     plug.unbind(shown)

@@ -29,7 +29,13 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
     facts = look_at_host(needs, commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra)
     program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
     settings = Settings(
-        config.fs == "host", config.sandbox, "landlock" in config.require, config.sockets, config.monitors, config.passthrough
+        config.fs == "host",
+        config.sandbox,
+        "landlock" in config.require,
+        config.sockets,
+        config.monitors,
+        config.passthrough,
+        config.share_maps,
     )
     return build_plan(request.argv[0], commandline, needs, facts, start.identity, program, settings, start.lease is not None)
 

@@ -84,6 +84,10 @@ def read_request(request: Request, config: "Config") -> Asked:
     qemu = probe_qemu(find_program(request, config), cache_dir(request.environ, os.geteuid()))
     commandline = read_commandline(request.argv[1:], qemu)
     ours = [(member.key, member.value) for obj in commandline.objects if obj.kind == "userns" for member in obj.members]
+    if any(key.startswith("share.") for key, _ in (*request.settings, *ours)):
+        from qemu_userns.host.shares import check_names
+
+        check_names((key for key, _ in (*request.settings, *ours)), commandline.objects)
     if not ours:
         return Asked(qemu, config, commandline)
     changed = parse_userns_option(ours, config)
@@ -103,7 +107,12 @@ def find_start(asked: Asked, request: Request) -> Start:
     """
     caller, commandline = look_at_caller(), asked.commandline
     user, preferred = _find_user(commandline), _preferred(commandline)
-    identity, lease = find_identity(caller, user, asked.config, preferred, request.preview)
+    mapped = None
+    if asked.config.share_maps:
+        from qemu_userns.host.shares import find_mapped
+
+        mapped = find_mapped(commandline.objects, asked.config.share_maps, caller.root)
+    identity, lease = find_identity(caller, user, asked.config, preferred, request.preview, mapped)
     return Start(asked, caller, identity, lease)
 
 

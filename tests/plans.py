@@ -174,7 +174,7 @@ def brief(grant: Grant) -> str:
     match grant:
         case Bind():
             access = "device" if grant.device else "rw" if grant.writable else "ro"
-            return f"{access} {grant.path}" + ("" if grant.owner is None else " as owner")
+            return f"{access} {grant.path}" + ("" if grant.idmap is None else " as owner")
         case Create():
             return f"create {grant.path}" + (" over" if grant.overwrites else "") + (" temporary" if grant.temporary else "")
         case Link():

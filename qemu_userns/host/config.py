@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from qemu_userns.host.subids import IdMapEntry, IdRange
+    from qemu_userns.plan.idmaps import ShareMap
     from qemu_userns.plan.rights import MonitorRights, SocketRights
 
 SYSTEM_CONFIG = "/etc/qemu-userns/config.toml"
@@ -30,6 +31,7 @@ class Config(Record):
     off: bool = False  # the real QEMU is executed as it is
     sockets: "tuple[SocketRights, ...]" = ()  # QMP sockets of ours, in addition to the command line's
     monitors: "tuple[MonitorRights, ...]" = ()  # what clients of the command line's QMP monitors may do
+    share_maps: "tuple[ShareMap, ...]" = ()  # id maps of single shares; the last one that names a share counts
     passthrough: str = ""  # path of a socket of QEMU's own monitor; may hold %n, %u and %%
 
 

@@ -8,14 +8,21 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qemu_userns.host.config import Config
     from qemu_userns.host.leases import Lease
+    from qemu_userns.host.shares import Mapped
     from qemu_userns.plan.facts import Account, Caller
+    from qemu_userns.plan.idmaps import ShareMap
 
 SUBUID, SUBGID = "/etc/subuid", "/etc/subgid"
 RUN_DIR = "/run/qemu-userns"
 
 
 def find_identity(
-    caller: "Caller", user: "Account | None", config: "Config", preferred: str, preview: bool
+    caller: "Caller",
+    user: "Account | None",
+    config: "Config",
+    preferred: str,
+    preview: bool,
+    mapped: "Mapped | None" = None,
 ) -> "tuple[Identity, Lease | None]":
     """Find the identity of a VM.
 
@@ -25,28 +32,64 @@ def find_identity(
         config: extra map entries and the pool of leases.
         preferred: the VM's uuid or name, so that it gets the same leased ids again.
         preview: whether to say only which ids would be leased first.
+        mapped: that shares have id maps, None where none has.
 
     Returns:
-        The identity, and for a root caller without a user the lease, whose fd is owned.
+        The identity; and for a root caller the lease, whose fd is owned, where no user is named, or one without ids for the
+        guest's users in the map of a share.
 
     Raises:
         HostError: the files of subordinate ids are broken, or no ids can be leased.
         UsageError: an unprivileged caller names another user.
     """
+    own = None if mapped is None else mapped.own
+    identity, lease = _find(caller, user, config, preferred, preview, mapped is not None and own is None)
+    return (identity if own is None else _follow(identity, own)), lease
+
+
+def _find(
+    caller: "Caller", user: "Account | None", config: "Config", preferred: str, preview: bool, needs_ids: bool
+) -> "tuple[Identity, Lease | None]":
+    """Find the identity as if no share's map had to be its own; `needs_ids` is for the guest's users in the maps of others."""
     if not caller.root:
         if user is not None and user.uid != caller.account.uid:
             raise UsageError(f"user {user.name}", "only root can run QEMU as another user")
         return _find_own(caller.account, config), None
     if user is not None:
-        return _build(user, user.groups, *_subordinate(user), config, "the user that the command line names"), None
+        found = _build(user, user.groups, *_subordinate(user), config, "the user that the command line names")
+        if not needs_ids or len(found.uid_map) > 1:
+            return found, None
     from qemu_userns.host.leases import LEASE_COUNT, find_pools, lease_range, preview_range
 
     pools = find_pools(SUBUID, SUBGID, config.pool)
     if preview:
-        return _build_leased(preview_range(*pools, preferred), LEASE_COUNT, config), None
+        return _build_leased(user, preview_range(*pools, preferred), LEASE_COUNT, config), None
     _check_own_map()
     lease = lease_range(RUN_DIR, *pools, preferred)
-    return _build_leased(lease.first_id, lease.count, config), lease
+    return _build_leased(user, lease.first_id, lease.count, config), lease
+
+
+def _follow(identity: Identity, share: "ShareMap") -> Identity:
+    """Return an identity whose ids are those of a share's map, beside its own.
+
+    Raises:
+        UsageError: the guest's root would have to be somebody else than QEMU, which has its id.
+    """
+    maps = []
+    for own, entries in ((identity.uid, share.uid_map), (identity.gid, share.gid_map)):
+        others = [entry for entry in entries if entry.inside != 0]
+        for entry in entries:
+            if entry.inside == 0 and entry.outside != own:
+                raise UsageError(
+                    f"share.{share.name}.idmap",
+                    f"guest id 0 cannot be {entry.outside}: QEMU's own user namespace has the map, where that is QEMU itself",
+                    "leave guest id 0 out, or use a file system that can be idmapped (ext4, xfs, btrfs, tmpfs)",
+                )
+            if entry.inside == 0 and entry.count > 1:
+                others.append(MapEntry(1, entry.outside + 1, entry.count - 1))
+        maps.append(build_map(own, (), others))
+    method = identity.method if identity.switch else NEWIDMAP
+    return identity.replace(method=method, uid_map=maps[0], gid_map=maps[1], why=f"{identity.why}; ids of share {share.name}")
 
 
 def _check_own_map() -> None:
@@ -65,8 +108,11 @@ def _check_own_map() -> None:
         )
 
 
-def _build_leased(first_id: int, count: int, config: "Config") -> Identity:
-    """Build the identity of a VM that has a range of its own."""
+def _build_leased(user: "Account | None", first_id: int, count: int, config: "Config") -> Identity:
+    """Build the identity of a VM that has a range of its own: for the guest's users, and for QEMU if there is no user."""
+    if user is not None:
+        ranges = ((first_id, count),)
+        return _build(user, user.groups, ranges, ranges, config, "the user that the command line names, with leased ids")
     owner = _Owner(first_id, first_id)
     ranges = ((first_id + 1, count - 1),)
     return _build(owner, (), ranges, ranges, config, "ids leased for this VM")

@@ -1,41 +1,47 @@
-"""Show a file that only its owner may read to QEMU, by an idmapped mount: mount_setattr(2), "ID-mapped mounts"."""
+"""Show files to QEMU under other ids than they have on disk, by an idmapped mount: mount_setattr(2), "ID-mapped mounts"."""
 
 import os
 
 from qemu_userns.errors import HostError
-from qemu_userns.host.usernamespace import Holder, open_namespace, write_file
+from qemu_userns.host.usernamespace import Holder, open_namespace, write_map
 from qemu_userns.linux import mount
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.plan.identity import MountMap
 
-def map_mount(fd: int, owner: "tuple[int, int]", shown_as: "tuple[int, int]", path: str) -> None:
-    """Make a detached mount show files of `owner` as files of `shown_as`: mount_setattr(2), "ID-mapped mounts".
+
+def map_mount(fd: int, idmap: "MountMap", writable: bool, path: str) -> None:
+    """Make a detached mount, with what is mounted below it, show other ids than those on disk.
 
     Should: run as root outside.
-    Must not: leave the mount writable; QEMU could create files of `owner` through it.
+    Must not: leave a mount writable that shows files of host root; QEMU could make such files through it.
 
     Args:
         fd: the detached mount; borrowed.
-        owner: uid and gid of the files.
-        shown_as: outside uid and gid of QEMU.
+        idmap: from the ids on disk to the outside ids that the kernel takes them for.
+        writable: whether it may be written, if no file of host root is in the map.
         path: for the error text.
 
     Raises:
-        HostError: the file system cannot be idmapped.
+        HostError: a file system cannot be idmapped.
     """
     holder = Holder(None)
     try:
-        write_file(f"/proc/{holder.pid}/uid_map", f"{owner[0]} {shown_as[0]} 1")
-        write_file(f"/proc/{holder.pid}/gid_map", f"{owner[1]} {shown_as[1]} 1")
+        write_map(f"/proc/{holder.pid}/uid_map", idmap.uid_map)
+        write_map(f"/proc/{holder.pid}/gid_map", idmap.gid_map)
         namespace = open_namespace(holder.pid, "user")
         try:
-            attributes = mount.MOUNT_ATTR_IDMAP | mount.MOUNT_ATTR_RDONLY
+            attributes = mount.MOUNT_ATTR_IDMAP
+            if not writable or idmap.shows_root:
+                attributes |= mount.MOUNT_ATTR_RDONLY
             mount.mount_setattr(fd, "", mount.AT_EMPTY_PATH | mount.AT_RECURSIVE, attributes, namespace)
         finally:
             os.close(namespace)
     except OSError as err:
         raise HostError(
             f"cannot show {path} to QEMU",
-            f"only its owner may read it, and an idmapped mount of it fails: {err.strerror}",
+            f"its ids have to be mapped, and an idmapped mount of it fails: {err.strerror}",
             "make it readable for QEMU's id, or move it to a file system that can be idmapped (ext4, xfs, btrfs, tmpfs)",
         ) from err
     finally:

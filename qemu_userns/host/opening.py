@@ -120,8 +120,8 @@ def open_sources(identity: "Identity", opened: Opened) -> None:
             path = opened.places.get(placed.path, placed.path)
             fd = clone_bind(path, placed.inode if isinstance(placed, Bind) else opened.inodes.get(path))
             mount.mount_setattr(fd, "", mount.AT_EMPTY_PATH | mount.AT_RECURSIVE, 0, propagation=mount.MS_SLAVE)
-            if isinstance(placed, Bind) and placed.owner is not None:
-                map_mount(fd, placed.owner, (identity.uid, identity.gid), placed.path)
+            if isinstance(placed, Bind) and placed.idmap is not None:
+                map_mount(fd, placed.idmap, placed.writable, placed.path)
             opened.sources[placed.path] = fd
 
 

@@ -104,8 +104,8 @@ def write_maps(pid: int, identity: "Identity") -> None:
         run_newidmap(pid, identity.uid_map, identity.gid_map)
         return
     try:
-        write_file(f"/proc/{pid}/uid_map", _format(identity.uid_map))
-        write_file(f"/proc/{pid}/gid_map", _format(identity.gid_map))
+        write_map(f"/proc/{pid}/uid_map", identity.uid_map)
+        write_map(f"/proc/{pid}/gid_map", identity.gid_map)
     except OSError as err:
         raise SandboxError("cannot write the id maps", err.strerror or str(err), _map_hint(err.errno)) from err
 
@@ -124,9 +124,9 @@ def write_file(path: str, text: str) -> None:
         os.close(fd)
 
 
-def _format(entries: "Sequence[MapEntry]") -> str:
-    """Return a map as the kernel reads it."""
-    return "\n".join(f"{entry.inside} {entry.outside} {entry.count}" for entry in entries)
+def write_map(path: str, entries: "Sequence[MapEntry]") -> None:
+    """Write a uid_map or gid_map: user_namespaces(7)."""
+    write_file(path, "\n".join(f"{entry.inside} {entry.outside} {entry.count}" for entry in entries))
 
 
 def _explain_refusal(code: int) -> HostError:

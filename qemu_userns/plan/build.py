@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qemu_userns.cmdline.source import Edit
     from qemu_userns.plan.facts import HostFacts
     from qemu_userns.plan.identity import Identity
+    from qemu_userns.plan.idmaps import ShareMap
     from qemu_userns.plan.rights import MonitorRights, SocketRights
 
 _SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1, 2
@@ -51,6 +52,7 @@ class Settings(Record):
     sockets: "tuple[SocketRights, ...]" = ()
     monitors: "tuple[MonitorRights, ...]" = ()
     passthrough: str = ""
+    share_maps: "tuple[ShareMap, ...]" = ()
 
 
 def build_plan(
@@ -75,7 +77,7 @@ def build_plan(
         settings: the configuration.
         leased: whether the identity holds a lease, whose fd QEMU keeps.
     """
-    draft = Draft(commandline.objects, facts, identity, _find_named_fds(needs))
+    draft = Draft(commandline.objects, facts, identity, _find_named_fds(needs), settings.share_maps)
     draft.host_tree = WHOLE_HOST if settings.whole_host else NO_HOST
     _add_base(draft, program)
     for need in serve_monitors(draft, commandline, needs, settings):

@@ -4,6 +4,7 @@ from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 from qemu_userns.cmdline.source import append, remove, replace
 from qemu_userns.plan.facts import ABSENT, DIRECTORY, MISSING, directory_of
 from qemu_userns.plan.grants import READ, SEARCH, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
+from qemu_userns.plan.identity import build_owner_map
 from qemu_userns.plan.layout import is_below
 from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST, WHOLE_HOST
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from qemu_userns.cmdline.source import Edit, Member
     from qemu_userns.plan.facts import HostFacts, PathFact
     from qemu_userns.plan.grants import OpenFd
-    from qemu_userns.plan.identity import Identity
+    from qemu_userns.plan.identity import Identity, MountMap
+    from qemu_userns.plan.idmaps import ShareMap
 
 _MONITORS = ("monitor", "qmp", "qmp-pretty")
 FDS_OF_OUR_OWN = 64
@@ -28,7 +30,12 @@ class Draft:
     """Grants, edits and words so far, and the facts that they are decided from."""
 
     def __init__(
-        self, objects: "Sequence[Object]", facts: "HostFacts", identity: "Identity", named_fds: "frozenset[int]"
+        self,
+        objects: "Sequence[Object]",
+        facts: "HostFacts",
+        identity: "Identity",
+        named_fds: "frozenset[int]",
+        share_maps: "tuple[ShareMap, ...]" = (),
     ) -> None:
         """Start with nothing.
 
@@ -37,10 +44,12 @@ class Draft:
             facts: what the host looks like.
             identity: who QEMU will be.
             named_fds: numbers that the command line names, open or not; never given to anything else.
+            share_maps: id maps of shares that the settings name.
         """
         self.objects = objects
         self.facts = facts
         self.identity = identity
+        self.share_maps = share_maps
         self.grants: "list[Grant]" = []
         self.edits: "list[Edit]" = []
         self.words: "list[str]" = []  # added before the caller's
@@ -161,16 +170,15 @@ class Draft:
         self.add(*(Link(why, path, target) for path, target in fact.links))
         self.add(*(Private(why, path, tmpfs=False) for path in fact.passed))
 
-    def bind(self, fact: "PathFact", writable: bool, why: str, device: bool = False) -> None:
-        """Show an existing path, idmapped where QEMU could not read it otherwise and it is not writable."""
+    def bind(self, fact: "PathFact", writable: bool, why: str, device: bool = False, idmap: "MountMap | None" = None) -> None:
+        """Show an existing path, idmapped where that is asked for, or QEMU could not read it otherwise and it is not writable."""
         if is_shown(fact.real) and not (device and is_below(fact.real, "/dev/pts")):  # the view's terminals are no devices
             return
         self.way_to(fact, why)
         want = READ | SEARCH if fact.kind == DIRECTORY else READ
-        owner = None
-        if not writable and not device and self.facts.caller.root and not self.may(fact, want):
-            owner = (fact.uid, fact.gid)
-        self.add(Bind(why, fact.real, writable, device, fact.inode, owner))
+        if idmap is None and not writable and not device and self.facts.caller.root and not self.may(fact, want):
+            idmap = build_owner_map(fact.uid, fact.gid, self.identity)
+        self.add(Bind(why, fact.real, writable, device, fact.inode, idmap))
 
     def legacy_to_chardev(self, obj: "Object", legacy: "LegacyChardev", why: str) -> None:
         """Rewrite a character device in the old language to a -chardev of the same label, and `chardev:LABEL`.

@@ -6,6 +6,10 @@ Each has `describe()`, one line for `explain` and the log, and `why`, the word o
 from qemu_userns.plan.rights import Rights
 from qemu_userns.record import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.plan.identity import MountMap
+
 READ = 4
 WRITE = 2
 SEARCH = 1
@@ -28,11 +32,11 @@ class Bind(Grant):
     writable: bool = False
     device: bool = False
     inode: "tuple[int, int] | None" = None  # (st_dev, st_ino) that was planned for; None: whatever is there
-    owner: "tuple[int, int] | None" = None  # its owner is shown as inside 0 by an idmapped mount
+    idmap: "MountMap | None" = None  # of the idmapped mount that shows it
 
     def describe(self) -> str:
         """Say path and access."""
-        mapped = "" if self.owner is None else f", owner {self.owner[0]}:{self.owner[1]} shown as QEMU's"
+        mapped = "" if self.idmap is None else f", {self.idmap.text}"
         return f"{self.path} ({'rw' if self.writable else 'ro'}{', device' if self.device else ''}{mapped})"
 
 

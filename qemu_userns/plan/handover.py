@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import CommandLine
     from qemu_userns.plan.draft import Draft
+    from qemu_userns.plan.facts import PathFact
+    from qemu_userns.plan.identity import MountMap
 
     Handover = Callable[[Draft, Need, CommandLine], None]
 
@@ -40,6 +42,8 @@ def _reopen_fd(draft: "Draft", need: "Need", number: int, commandline: "CommandL
     fact = draft.path(need.path)
     if need.way == ways.SHARE:
         _choose_capabilities(draft, need)
+        if _choose_map(draft, need, fact) is not None:
+            draft.refuse(f"{need.describe()} {need.path}", "an fd of the caller cannot be shown with other ids", "name its path")
     if fact.kind != REGULAR or draft.may(fact, READ):
         draft.keep_fd(number, need.describe(), reopened=True)
     elif need.way == ways.IMAGE:
@@ -185,16 +189,26 @@ def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
         )
         return
     _choose_capabilities(draft, need)
+    idmap = _choose_map(draft, need, fact)
     if fact.real == "/":
         draft.show_host(read_only=readonly)
         if not readonly:
             draft.warnings.append(f"{why}: the share is the whole host tree, so QEMU sees all of it")
         return
-    draft.bind(fact, not readonly, need.describe())
-    if not readonly and not draft.may(fact, WRITE | SEARCH):
+    draft.bind(fact, not readonly, need.describe(), idmap=idmap)
+    if idmap is None and not readonly and not draft.may(fact, WRITE | SEARCH):
         draft.notes.append(
             f"{why}: belongs to {fact.uid}:{fact.gid}; QEMU is {draft.identity.uid}:{draft.identity.gid} and can only read it"
         )
+
+
+def _choose_map(draft: "Draft", need: "Need", fact: "PathFact") -> "MountMap | None":
+    """Return the map of the mount that shows a share, None without one."""
+    if not draft.share_maps:
+        return None
+    from qemu_userns.plan.idmaps import choose_map
+
+    return choose_map(draft, need, fact)
 
 
 def _choose_capabilities(draft: "Draft", need: "Need") -> None:

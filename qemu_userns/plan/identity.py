@@ -26,6 +26,19 @@ class MapEntry(Record):
         return f"{self.inside}-{self.inside + self.count - 1} are {self.outside}-{self.outside + self.count - 1}"
 
 
+class MountMap(Record):
+    """The map of an idmapped mount; of its entries `inside` is the id on disk, and `outside` what the kernel takes it for."""
+
+    uid_map: "tuple[MapEntry, ...]"
+    gid_map: "tuple[MapEntry, ...]"
+    text: str  # for `explain`
+
+    @property
+    def shows_root(self) -> bool:
+        """Whether files of host root are in it: through a writable mount of it QEMU could make such."""
+        return any(entry.inside == 0 for entry in (*self.uid_map, *self.gid_map))
+
+
 class Identity(Record):
     """What QEMU is outside, and its id maps."""
 
@@ -58,6 +71,12 @@ class Identity(Record):
         else:
             bits = mode
         return bits & want == want
+
+
+def build_owner_map(uid: int, gid: int, identity: Identity) -> MountMap:
+    """Return the map that shows what belongs to one owner as QEMU's own."""
+    uids, gids = (MapEntry(uid, identity.uid, 1),), (MapEntry(gid, identity.gid, 1),)
+    return MountMap(uids, gids, f"owner {uid}:{gid} shown as QEMU's")
 
 
 def build_map(outside: int, ranges: "Sequence[tuple[int, int]]", extra: "Sequence[MapEntry]") -> "tuple[MapEntry, ...]":

@@ -80,7 +80,7 @@ def _stronger(first: "Placed", second: "Placed") -> "Placed":
             writable=first.writable or second.writable,
             device=first.device or second.device,
             why=first.why if first.why == second.why else f"{first.why}, {second.why}",
-            owner=first.owner if first.owner is not None else second.owner,
+            idmap=first.idmap if first.idmap is not None else second.idmap,
         )
     strength = (Link, Private, Bind, CreateDir, Copy, Node, Create)
     return max(first, second, key=lambda grant: strength.index(type(grant)))
@@ -91,9 +91,9 @@ def _equals(placed: "Placed", grant: "Placed") -> bool:
     if isinstance(placed, Bind) and isinstance(grant, Bind):
         same_file = grant.inode is None or placed.inode in (None, grant.inode)
         access = placed.writable >= grant.writable and placed.device >= grant.device
-        return same_file and access and placed.owner == grant.owner
+        return same_file and access and placed.idmap == grant.idmap
     if isinstance(grant, Bind):
-        return isinstance(placed, CreateDir) and not grant.device and grant.owner is None
+        return isinstance(placed, CreateDir) and not grant.device and grant.idmap is None
     if isinstance(placed, Link) and isinstance(grant, Link):
         return placed.target == grant.target
     if isinstance(placed, Node) and isinstance(grant, Node):
@@ -111,5 +111,5 @@ def _shown_by(grant: "Placed", above: "Placed") -> bool:
     if isinstance(grant, Create | CreateDir):
         return writable
     if isinstance(grant, Bind) and isinstance(above, Bind) and not grant.device:
-        return grant.owner == above.owner and (writable or not grant.writable)
+        return grant.idmap == above.idmap and (writable or not grant.writable)
     return False

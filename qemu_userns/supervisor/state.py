@@ -6,7 +6,7 @@ import os
 from qemu_userns.host.leftovers import Leftover
 from qemu_userns.plan import grants
 from qemu_userns.plan.facts import Account, Caller
-from qemu_userns.plan.identity import Identity, MapEntry
+from qemu_userns.plan.identity import Identity, MapEntry, MountMap
 from qemu_userns.plan.rights import Rights
 from qemu_userns.record import Record, from_plain, to_plain
 
@@ -47,7 +47,8 @@ class State(Record):
 
 
 CLASSES: "dict[str, type[Record]]" = {
-    cls.__name__: cls for cls in (State, Identity, MapEntry, Caller, Account, Leftover, Rights, *grants.Grant.__subclasses__())
+    cls.__name__: cls
+    for cls in (State, Identity, MapEntry, MountMap, Caller, Account, Leftover, Rights, *grants.Grant.__subclasses__())
 }
 
 

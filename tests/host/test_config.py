@@ -13,6 +13,8 @@ from qemu_userns.errors import UsageError
 from qemu_userns.host.config import Config, config_paths, configured_qemu, load_config, parse_userns_option
 from qemu_userns.host.settings import ABOUT_MONITORS
 from qemu_userns.host.subids import IdMapEntry, IdRange
+from qemu_userns.plan.identity import MapEntry
+from qemu_userns.plan.idmaps import ShareMap
 from qemu_userns.plan.rights import READ_ONLY, MonitorRights, Rights, SocketRights
 
 WHOLE = """
@@ -143,6 +145,13 @@ def test_a_later_list_of_tables_replaces_the_earlier(tmp_path: Path) -> None:
         ("passthrough = 'x'", "passthrough", "is not an absolute path"),
         ('colour = "red"', "colour", "no such setting"),
         ('"qemu.x" = "/x"', "qemu.x", "no such setting"),
+        ("share = 1", "share", "is not a table of tables"),
+        ("[share]\nidmap = []", "share", "is not a table of tables"),
+        ("[share.a]\npath = '/x'", "share.a.path", "no such setting"),
+        ("[share.a]\nidmap = 'both 1 1'", "share.a.idmap", "is not a list"),
+        ("[share.a]\nidmap = ['both 0 0']", "share.a.idmap", "host root"),
+        ("[share.a]\nidmap = ['gid 1 1']", "share.a.idmap", "uids or gids alone"),
+        ("[share.'']\nidmap = ['both 1 1']", "share..idmap", "no such setting"),
         ("fs = 1", "fs", "is not a str"),
         ('fs = "all"', "fs", "not a choice"),
         ('pool = "5"', "pool", "not a range"),
@@ -230,6 +239,14 @@ def test_sockets_on_the_command_line_are_added(monkeypatch: pytest.MonkeyPatch, 
     found = parse_userns_option([("qmp", "a"), ("qmp", "/b"), ("passthrough", "c"), ("passthrough", "d")], config)
     assert found.sockets == (*SOCKETS, SocketRights(f"{tmp_path}/a"), SocketRights("/b"))
     assert found.passthrough == f"{tmp_path}/d"
+
+
+def test_the_id_map_of_a_share(file: Path) -> None:
+    config = load_config([write(file, '[share."a.b"]\nidmap = ["both 5 0", "uid 1000-1001 1-2", "gid 7 1"]')], None)
+    ours = ShareMap("a.b", (MapEntry(0, 5, 1), MapEntry(1, 1000, 2)), (MapEntry(0, 5, 1), MapEntry(1, 7, 1)))
+    assert config.share_maps == (ours,)
+    changed = parse_userns_option([("share.b.idmap", "uid 1 1"), ("share.b.idmap", "gid 2 2")], config)
+    assert changed.share_maps == (ours, ShareMap("b", (MapEntry(1, 1, 1),), (MapEntry(2, 2, 1),)))
 
 
 def test_a_table_on_the_command_line_is_a_list_of_members() -> None:

@@ -7,12 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_userns.plan.grants import Bind, Copy, Create, CreateDir, Grant, KeepFd, Link, Node, Private, Refuse
+from qemu_userns.plan.identity import build_owner_map
 from qemu_userns.plan.layout import build_layout, find_covered, find_shown, is_below
+from tests.plans import LEASED
 
+ROOTS = build_owner_map(0, 0, LEASED)
 NAMES = st.sampled_from(["a", "b", "ab", "a.b", "a-", "A"])
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map(lambda names: "/" + "/".join(names))
 GRANTS = st.one_of(
-    st.builds(Bind, st.just("why"), PATHS, st.booleans(), st.booleans(), st.just((1, 2)), st.sampled_from([None, (0, 0)])),
+    st.builds(Bind, st.just("why"), PATHS, st.booleans(), st.booleans(), st.just((1, 2)), st.sampled_from([None, ROOTS])),
     st.builds(Private, st.just("why"), PATHS, st.just(0o755), st.booleans()),
     st.builds(Link, st.just("why"), PATHS, st.just("target")),
     st.builds(Copy, st.just("why"), PATHS, st.just("text")),
@@ -86,7 +89,7 @@ def test_the_order_of_the_grants_does_not_matter(grants: list[Grant]) -> None:
         ([Bind("w", "/a", True), CreateDir("w", "/a/tmp")], ["/a"]),
         ([Bind("w", "/a"), CreateDir("w", "/a/tmp")], ["/a", "/a/tmp"]),
         ([Bind("w", "/a"), Create("w", "/a/log", 0o600)], ["/a", "/a/log"]),
-        ([Bind("w", "/a"), Bind("w", "/a/x", owner=(0, 0))], ["/a", "/a/x"]),
+        ([Bind("w", "/a"), Bind("w", "/a/x", idmap=ROOTS)], ["/a", "/a/x"]),
         ([KeepFd("w", 3), Refuse("w", "no")], []),
     ],
     ids=str,
@@ -142,7 +145,7 @@ LAUNCH = (
     CreateDir("big", "/var/tmp"),
     Copy("copy", "/etc/passwd", "text"),
     Create("log", "/srv/log", 0o600),
-    Bind("shadow", "/srv/mapped", owner=(0, 0)),
+    Bind("shadow", "/srv/mapped", idmap=ROOTS),
 )
 
 
@@ -155,7 +158,7 @@ LAUNCH = (
         (Bind("new", "/usr/share/rom", writable=True), None),
         (Bind("new", "/srv/share/deep/file", writable=True), "/srv/share"),
         (Bind("new", "/srv/share/node", writable=True, device=True), None),
-        (Bind("new", "/srv/share/secret", owner=(0, 0)), None),
+        (Bind("new", "/srv/share/secret", idmap=ROOTS), None),
         (Bind("new", "/srv/disk"), "/srv/disk"),
         (Bind("new", "/srv/disk", inode=(1, 2)), "/srv/disk"),
         (Bind("new", "/srv/disk", inode=(1, 9)), None),
@@ -173,7 +176,7 @@ LAUNCH = (
         (Bind("new", "/etc/passwd"), None),
         (Create("new", "/srv/log", 0o600), None),
         (Create("new", "/srv/share/log", 0o600), "/srv/share"),
-        (Bind("new", "/srv/mapped", owner=(0, 0)), "/srv/mapped"),
+        (Bind("new", "/srv/mapped", idmap=ROOTS), "/srv/mapped"),
         (Bind("new", "/srv/mapped"), None),
     ],
     ids=lambda value: value if isinstance(value, str) else value and value.describe(),

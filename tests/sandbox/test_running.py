@@ -17,6 +17,7 @@ from qemu_userns.errors import SandboxError
 from qemu_userns.host.opening import Opened
 from qemu_userns.linux import mount, process
 from qemu_userns.plan.grants import Bind, Create, CreateDir, Link, Node, Private
+from qemu_userns.plan.identity import build_owner_map
 from qemu_userns.sandbox import places, running
 from qemu_userns.sandbox.running import open_namespaces
 from tests.conftest import open_fds
@@ -211,7 +212,7 @@ def test_a_file_of_another_owner_is_shown_as_qemus(qemu: StandIn, host: Path) ->
     (host / "secret").mkdir(0o700)
     (host / "image").rename(host / "secret/image")
     image = host / "secret/image"
-    shown = qemu.bind(bind(image, owner=(0, 0)))
+    shown = qemu.bind(bind(image, idmap=build_owner_map(0, 0, qemu.identity)))
     assert qemu.run(f"os.stat({str(image)!r}).st_uid") == 0
     assert qemu.read(image) == "image"
     assert errno_in(qemu, f"open({str(image)!r}, 'r+')") == errno.EROFS
