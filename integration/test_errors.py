@@ -120,14 +120,6 @@ def test_a_share_that_is_missing_is_refused(dropin: list[str], shared_tmp: Path)
     assert line == f"qemu-userns: -fsdev path {shared_tmp / 'none'}: No such file or directory"
 
 
-@pytest.mark.parametrize("option", [["-fsdev", "proxy,id=f,sock_fd=3"], ["-virtfs", "proxy,mount_tag=t,socket=/nonexistent"]])
-def test_the_proxy_backend_is_refused_with_what_to_use(dropin: list[str], option: list[str]) -> None:
-    line, hint = error_of(dropin, *IDLE, *option)
-    assert "proxy" in line
-    assert hint
-    assert "local" in hint
-
-
 @pytest.mark.parametrize("value", ["nosuch=on", "fs=nosuch", "pool=1", "idmap=nonsense", "require=nosuch", "sandbox=maybe"])
 def test_a_wrong_option_of_ours_says_what_is_right(dropin: list[str], value: str) -> None:
     line, hint = error_of(dropin, *IDLE, "-userns", value)

@@ -472,15 +472,6 @@ def test_every_spelling_of_readonly_is_read_only(launch: Launch, shared_tmp: Pat
         assert "ro" in mount_options(proc, share)
 
 
-@pytest.mark.parametrize("option", ["fsdev", "virtfs"])
-def test_proxy_is_refused_with_a_way_out(option: str) -> None:
-    value = "proxy,id=tag,sock_fd=0" if option == "fsdev" else "proxy,sock_fd=0,mount_tag=tag"
-    done = start(Launch("any"), f"-{option}", value)
-    assert done.returncode == 1
-    assert "proxy" in done.stderr
-    assert "hint: use fsdriver local" in done.stderr
-
-
 @pytest.mark.root
 def test_user_without_subordinate_ids(shared_tmp: Path) -> None:
     """One id: passthrough holds the guest root's files, and the warning says what is missing."""

@@ -112,6 +112,7 @@ def running_guest(
     memory_mib: int = 256,
     user: str | None = None,
     env: dict[str, str] | None = None,
+    pass_fds: tuple[int, ...] = (),
 ) -> Iterator[RunningGuest]:
     """Boot the guest and wait until it takes commands; power it off at the end, kill it after an exception.
 
@@ -124,7 +125,7 @@ def running_guest(
         with theirs:
             fd = theirs.fileno()
             options = machine_options(home, accel, memory_mib, "qemu_userns_serve") + port_options("command", f"socket,fd={fd}")
-            process = start(qemu, [*options, *extra], home, user=user, env=env, pass_fds=(fd,))
+            process = start(qemu, [*options, *extra], home, user=user, env=env, pass_fds=(fd, *pass_fds))
         try:
             guest = RunningGuest(process, ours, home, timeout_s)
             guest.wait_ready()

@@ -25,8 +25,9 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
     qemu, config, commandline = start.asked.qemu, start.asked.config, start.asked.commandline
     needs = find_needs(commandline)
     extra_dirs = (*qemu.library_dirs, *qemu.data_dirs, *_module_dirs(request.environ))
-    extra = (*extra_dirs, *_places(config, commandline))
+    extra = (*extra_dirs, *_places(config, commandline), *(met.path for met in start.stand_ins.values()))
     facts = look_at_host(needs, commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra)
+    facts = facts.replace(stand_ins=start.stand_ins) if start.stand_ins else facts
     program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
     settings = Settings(
         config.fs == "host",
@@ -35,7 +36,7 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
         config.sockets,
         config.monitors,
         config.passthrough,
-        config.share_maps,
+        start.share_maps,
     )
     return build_plan(request.argv[0], commandline, needs, facts, start.identity, program, settings, start.lease is not None)
 

@@ -18,11 +18,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qemu_userns.cmdline.objects import CommandLine
+    from qemu_userns.cmdline.objects import CommandLine, Object
     from qemu_userns.host.leases import Lease
     from qemu_userns.host.qemu import QemuFacts
-    from qemu_userns.plan.facts import Account, Caller
+    from qemu_userns.plan.facts import Account, Caller, StandIn
     from qemu_userns.plan.identity import Identity
+    from qemu_userns.plan.idmaps import ShareMap
 
 _CONFIG_MAX_BYTES = 16 << 20
 
@@ -52,6 +53,8 @@ class Start(Record):
     caller: "Caller"
     identity: "Identity"
     lease: "Lease | None"  # its fd is owned
+    share_maps: "tuple[ShareMap, ...]" = ()  # of the settings, and of the stand-ins
+    stand_ins: "Mapping[Object, StandIn]" = {}  # noqa: RUF012 (never changed) for virtfs-proxy-helper, by the share
 
 
 def find_program(request: Request, config: "Config") -> str:
@@ -105,15 +108,27 @@ def find_start(asked: Asked, request: Request) -> Start:
     Raises:
         QemuUsernsError: any of its kinds, for what is wrong with the identities or the host.
     """
-    caller, commandline = look_at_caller(), asked.commandline
+    commandline = asked.commandline
+    stand_ins, mapped = _meet_stand_ins(commandline, request.preview), None  # their fds are the caller's from here on
+    caller = look_at_caller()
     user, preferred = _find_user(commandline), _preferred(commandline)
-    mapped = None
-    if asked.config.share_maps:
-        from qemu_userns.host.shares import find_mapped
+    share_maps = (*asked.config.share_maps, *(met.idmap for met in stand_ins.values() if met.idmap is not None))
+    if share_maps:
+        from qemu_userns.host.shares import find_mapped, list_mapped
 
-        mapped = find_mapped(commandline.objects, asked.config.share_maps, caller.root)
+        mapped = find_mapped(list_mapped(commandline.objects, share_maps, stand_ins), caller.root)
     identity, lease = find_identity(caller, user, asked.config, preferred, request.preview, mapped)
-    return Start(asked, caller, identity, lease)
+    return Start(asked, caller, identity, lease, share_maps, stand_ins)
+
+
+def _meet_stand_ins(commandline: "CommandLine", preview: bool) -> "dict[Object, StandIn]":
+    """Return what the stand-ins for virtfs-proxy-helper hand over, by the share."""
+    shares = [obj for obj in commandline.objects if obj.kind in ("fsdev", "virtfs") and obj.get("fsdriver") == "proxy"]
+    if not shares:
+        return {}
+    from qemu_userns.host.stand_ins import meet
+
+    return {share: meet(share, preview) for share in shares}
 
 
 def plain_words(request: Request, asked: Asked) -> "tuple[str, ...]":

@@ -10,7 +10,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from qemu_userns.catalogue.needs import find_needs
-from qemu_userns.cmdline.objects import CommandLine, parse
+from qemu_userns.cmdline.objects import CommandLine, Object, parse
 from qemu_userns.cmdline.table import BUILTIN
 from qemu_userns.plan.base import BASE
 from qemu_userns.plan.build import Program, Settings, build_plan
@@ -27,6 +27,7 @@ from qemu_userns.plan.facts import (
     HostFacts,
     ImageFact,
     PathFact,
+    StandIn,
     VfioFact,
 )
 from qemu_userns.plan.grants import (
@@ -74,6 +75,13 @@ KINDS = {
 }
 USER = Identity(UID, UID, (UID,), False, NEWIDMAP, (MapEntry(0, UID, 1),), (MapEntry(0, UID, 1),), "the caller")
 LEASED = Identity(600_000, 600_000, (), True, DIRECT, (MapEntry(0, 600_000, 65536),), (MapEntry(0, 600_000, 65536),), "leased")
+
+
+class MadeUpStandIns(dict[Object, StandIn]):
+    """For every share of virtfs-proxy-helper's a stand-in that hands /x/dir over and is connected to fd 9."""
+
+    def __missing__(self, share: Object) -> StandIn:
+        return StandIn("/x/dir", make_fact("/x/dir").inode, 9, None)
 
 
 class MadeUpPaths(dict[str, PathFact]):
@@ -159,7 +167,8 @@ def plan_of(
     commandline = read(*words, configs=configs)
     needs = find_needs(commandline)
     program = Program("/usr/bin/file-qemu", (7, 2, 22), seccomp, ())
-    facts = make_facts(root, fds, images, environ, landlock_abi).replace(paths=MadeUpPaths(root, paths))
+    facts = make_facts(root, fds, images, environ, landlock_abi)
+    facts = facts.replace(paths=MadeUpPaths(root, paths), stand_ins=MadeUpStandIns())
     return build_plan("qemu", commandline, needs, facts, LEASED if root else USER, program, settings or Settings(), leased=root)
 
 

@@ -33,14 +33,6 @@ def _with_values(kinds: str, way: str) -> "tuple[Row, ...]":
     return tuple(Row(kind, "value", way) for kind in kinds.split())
 
 
-_PROXY = Row(
-    "",
-    "",
-    ways.REFUSE,
-    (("fsdriver", ("proxy",)),),
-    "QEMU 9.2 removed the 9p proxy backend, and this program does not stand in for virtfs-proxy-helper yet",
-    "use fsdriver local with a path and security_model=mapped-xattr or passthrough",
-)
 _QOM_TYPES_WITH_FILE = ("secret", "sev-guest", "igvm-cfg")
 
 
@@ -168,8 +160,8 @@ ROWS: "tuple[Row, ...]" = (
     # Shares
     Row("fsdev", "path", ways.SHARE, (("fsdriver", ("local",)),)),
     Row("virtfs", "path", ways.SHARE, (("fsdriver", ("local",)),)),
-    _PROXY.replace(kind="fsdev", key="fsdriver"),
-    _PROXY.replace(kind="virtfs", key="fsdriver"),
+    Row("fsdev", "fsdriver", ways.STAND_IN, (("fsdriver", ("proxy",)),)),
+    Row("virtfs", "fsdriver", ways.STAND_IN, (("fsdriver", ("proxy",)),)),
     Row("device", "rootdir", ways.WRITE_DIRECTORY),
     # Networks
     Row("netdev", "smb", ways.WRITE_DIRECTORY),

@@ -15,6 +15,7 @@ MEMORY = "memory"  # a file to map, or a directory to make an unnamed one in
 IMAGE = "image"  # a name in the block layer's language
 NEW_IMAGE = "new image"  # the same, of a file that QEMU creates or truncates
 SHARE = "share"  # the root of a 9p share
+STAND_IN = "stand-in"  # a 9p share of virtfs-proxy-helper's, which our stand-in hands over
 WRITE_DIRECTORY = "writable directory"  # a directory whose files QEMU changes
 MADE = "made by QEMU"  # a socket or symlink that QEMU makes itself, so its directory has to be writable
 VNC = "vnc"  # a display address, or another one that is unix:PATH or of the network

@@ -31,6 +31,7 @@ _GROUPS = (
     ("qemu_userns.cmdline.readconfig",),
     ("qemu_userns.host.settings",),
     ("qemu_userns.plan.idmaps", "qemu_userns.host.shares"),
+    ("qemu_userns.host.stand_ins",),
     ("qemu_userns.host.images",),
     ("qemu_userns.host.sockets",),
     ("qemu_userns.host.vfio",),

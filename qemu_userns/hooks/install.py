@@ -35,11 +35,23 @@ except (ImportError, OSError) as error:
     sys.exit(f"qemu-userns: cannot be loaded: {{error}}\\nhint: install it again, and the entries with qemu-userns install")
 main(__file__)
 """
+_PROXY_ENTRY = """#!{python} -IS
+# qemu-userns drop-in
+import sys
+
+sys.path += {path!r}
+try:
+    from qemu_userns.hooks.proxy_helper import main
+except (ImportError, OSError) as error:
+    sys.exit(f"qemu-userns: cannot be loaded: {{error}}\\nhint: install it again, and the entries with qemu-userns install")
+main()
+"""
 _PREFIX = "qemu-system-"
+_PROXY_HELPER = "virtfs-proxy-helper"
 
 
 def install(directory: str, path_env: str) -> "list[str]":
-    """Put an entry for every qemu-system-* of PATH into a directory; an older entry of ours is replaced.
+    """Put an entry for every qemu-system-* of PATH, and one for virtfs-proxy-helper, into a directory; older ones are replaced.
 
     Args:
         directory: made if it is missing.
@@ -56,15 +68,17 @@ def install(directory: str, path_env: str) -> "list[str]":
     if not names:
         raise HostError("qemu-system-*", "no QEMU in PATH", "install qemu-system-x86 or another qemu-system package")
     bundle = os.path.join(os.path.abspath(directory), NAME)
-    text = _ENTRY.format(python=os.path.realpath(sys.executable), path=find_import_path(), bundle=bundle)
+    python, path = os.path.realpath(sys.executable), find_import_path()
+    text = _ENTRY.format(python=python, path=path, bundle=bundle)
     try:
         os.makedirs(directory, exist_ok=True)
         _write(bundle, build_bundle(), 0o644)
         for name in names:
             _write_entry(os.path.join(directory, name), text)
+        _write_entry(os.path.join(directory, _PROXY_HELPER), _PROXY_ENTRY.format(python=python, path=path))
     except OSError as err:
         raise ResourceError(str(err.filename or directory), err.strerror or str(err)) from err
-    return names
+    return [*names, _PROXY_HELPER]
 
 
 def find_qemus(path_env: str) -> "list[str]":

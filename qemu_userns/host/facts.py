@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qemu_userns.plan.identity import Identity
 
 _XATTR = "user.virtfs.qemu-userns"
-_NOT_PATHS = (ways.FD, ways.NAME, ways.RUN, ways.CONSUME, ways.REFUSE, ways.KVM)
+_NOT_PATHS = (ways.FD, ways.NAME, ways.RUN, ways.CONSUME, ways.REFUSE, ways.KVM, ways.STAND_IN)
 
 
 def look_at_host(

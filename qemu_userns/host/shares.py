@@ -11,9 +11,10 @@ from qemu_userns.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from qemu_userns.cmdline.objects import Object
+    from qemu_userns.plan.facts import StandIn
     from qemu_userns.plan.idmaps import ShareMap
 
 _TRIAL = MountMap((MapEntry(1, 1, 1),), (MapEntry(1, 1, 1),), "")
@@ -43,14 +44,24 @@ def check_names(keys: "Iterable[str]", objects: "Sequence[Object]") -> None:
             raise UsageError(key, "no share of this command line has that id or mount tag", names)
 
 
-def find_mapped(objects: "Sequence[Object]", maps: "Sequence[ShareMap]", root: bool) -> "Mapped | None":
+def list_mapped(
+    objects: "Sequence[Object]", maps: "Sequence[ShareMap]", stand_ins: "Mapping[Object, StandIn]"
+) -> "Iterator[tuple[ShareMap, str]]":
+    """Yield the shares of a command line that have maps, by the settings or by their stand-ins, and the paths of their roots."""
+    for share in objects:
+        found = find_map(maps, share, objects) if share.kind in SHARE_KINDS else None
+        path = stand_ins[share].path if share in stand_ins else share.get("path")
+        if found is not None and path and (share in stand_ins or share.get("security_model") in MAPPABLE):
+            yield found, path
+
+
+def find_mapped(shares: "Iterable[tuple[ShareMap, str]]", root: bool) -> "Mapped | None":
     """Find out where the maps have to be; None where no share has one.
 
     Should: run with the caller's rights.
 
     Args:
-        objects: of the command line.
-        maps: of the settings.
+        shares: those with maps, and the paths of their roots.
         root: whether the caller can make idmapped mounts.
 
     Raises:
@@ -59,11 +70,7 @@ def find_mapped(objects: "Sequence[Object]", maps: "Sequence[ShareMap]", root: b
     """
     own: "ShareMap | None" = None
     mapped = False
-    for share in objects:
-        found = find_map(maps, share, objects) if share.kind in SHARE_KINDS else None
-        path = share.get("path")
-        if found is None or not path or share.get("security_model") not in MAPPABLE:
-            continue
+    for found, path in shares:
         mapped = True
         if root and _can_map(path):
             continue

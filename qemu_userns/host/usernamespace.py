@@ -11,13 +11,13 @@ import os
 
 from qemu_userns.errors import HostError, SandboxError
 from qemu_userns.linux import mount, process
-from qemu_userns.plan.identity import NEWIDMAP
+from qemu_userns.plan.identity import NEWIDMAP, MapEntry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qemu_userns.plan.identity import Identity, MapEntry
+    from qemu_userns.plan.identity import Identity
 
 _EPERM, _EACCES, _ENOSPC, _EINVAL = 1, 13, 28, 22
 _EPERM_HINT = (
@@ -108,6 +108,52 @@ def write_maps(pid: int, identity: "Identity") -> None:
         write_map(f"/proc/{pid}/gid_map", identity.gid_map)
     except OSError as err:
         raise SandboxError("cannot write the id maps", err.strerror or str(err), _map_hint(err.errno)) from err
+
+
+def read_maps(namespace: int) -> "tuple[tuple[MapEntry, ...], tuple[MapEntry, ...]] | None":
+    """Return the id maps of a user namespace as this process's own namespace sees them, None if it is that one.
+
+    Should: have CAP_SYS_ADMIN in the namespace, as its owner and root have.
+
+    Args:
+        namespace: fd of it; borrowed.
+
+    Raises:
+        HostError: it cannot be entered.
+    """
+    own, found = os.stat("/proc/self/ns/user"), os.fstat(namespace)
+    if (own.st_dev, own.st_ino) == (found.st_dev, found.st_ino):
+        return None
+    ready, ready_write = os.pipe()
+    hold_read, hold = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(hold)
+        code = 0
+        try:
+            process.setns(namespace, process.CLONE_NEWUSER)
+        except OSError as err:
+            code = err.errno or _EINVAL
+        os.write(ready_write, str(code).encode())
+        os.read(hold_read, 1)
+        os._exit(0)
+    os.close(ready_write)
+    os.close(hold_read)
+    try:
+        code = int(os.read(ready, 16) or b"0")
+        if code:
+            raise HostError("the user namespace of a share", f"cannot be entered: {os.strerror(code)}")
+        return _read_map(f"/proc/{pid}/uid_map"), _read_map(f"/proc/{pid}/gid_map")
+    finally:
+        os.close(hold)
+        os.close(ready)
+        process.reap(pid)
+
+
+def _read_map(path: str) -> "tuple[MapEntry, ...]":
+    """Read a uid_map or gid_map."""
+    with open(path) as file:
+        return tuple(MapEntry(*map(int, line.split())) for line in file)
 
 
 def open_namespace(pid: int, kind: str) -> int:

@@ -6,6 +6,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qemu_userns.cmdline.objects import Object
+    from qemu_userns.plan.idmaps import ShareMap
+
 REGULAR, DIRECTORY, SOCKET, FIFO, BLOCK, CHARACTER, ABSENT = (
     "file",
     "directory",
@@ -69,6 +72,15 @@ class ImageFact(Record):
     readable: bool  # by QEMU with its own rights, every directory on the way included
 
 
+class StandIn(Record):
+    """A share as the stand-in for virtfs-proxy-helper hands it over."""
+
+    path: str  # real path of its root
+    inode: "tuple[int, int]"
+    number: int  # fd of the connection, which QEMU keeps: the stand-in ends with it
+    idmap: "ShareMap | None"  # of the user namespace that it runs in; None: the launcher's own
+
+
 class Account(Record):
     """A user of the host."""
 
@@ -99,3 +111,4 @@ class HostFacts(Record):
     environment: "Mapping[str, str]"
     landlock_abi: int = 0  # 0: the kernel has none
     call_filter: bool = False  # whether a seccomp filter can be built for this machine
+    stand_ins: "Mapping[Object, StandIn]" = {}  # noqa: RUF012 (never changed) by the share

@@ -4,7 +4,7 @@ Path first: a file that QEMU may open with its own rights is shown at its path. 
 """
 
 from qemu_userns.catalogue import ways
-from qemu_userns.cmdline.source import drop, remove
+from qemu_userns.cmdline.source import append, drop, remove, replace
 from qemu_userns.plan import devices, images
 from qemu_userns.plan.draft import is_shown
 from qemu_userns.plan.facts import ABSENT, DIRECTORY, MISSING, REGULAR, SOCKET, directory_of
@@ -202,6 +202,27 @@ def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
         )
 
 
+def _stand_in(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Serve a share of virtfs-proxy-helper's by QEMU's own local driver, under the ids of the stand-in's user namespace."""
+    share = need.obj
+    found = draft.facts.stand_ins[share]
+    why = f"virtfs-proxy-helper serves no protocol here: it hands {found.path} over"
+    model = share.members[0].replace(key="security_model", value="passthrough")
+    local = need.replace(way=ways.SHARE, path=found.path, obj=share.replace(members=(*share.members, model)))
+    if draft.path(found.path).inode != found.inode:
+        draft.refuse(need.describe(), f"{found.path} is not the directory that virtfs-proxy-helper has opened")
+    _share(draft, local, commandline)
+    draft.keep_fd(found.number, "virtfs-proxy-helper ends when it is closed")
+    draft.edits += (remove(share, member, why) for key in ("sock_fd", "socket") for member in share.find_all(key))
+    draft.edits += (replace(member, "local", why) for member in share.find_all("fsdriver"))
+    draft.edits += (append(share, key, value, why) for key, value in (("path", found.path), ("security_model", "passthrough")))
+    if found.idmap is None and draft.facts.caller.root and not draft.share_maps:
+        draft.warnings.append(
+            f"{need.describe()} proxy {found.path}: its helper is host root without an id map; the share has QEMU's own ids "
+            f"(share.{share.id or share.get('mount_tag')}.idmap gives it a map)"
+        )
+
+
 def _choose_map(draft: "Draft", need: "Need", fact: "PathFact") -> "MountMap | None":
     """Return the map of the mount that shows a share, None without one."""
     if not draft.share_maps:
@@ -309,6 +330,7 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.MEMORY: _memory,
     ways.IMAGE: images.hand_over,
     ways.SHARE: _share,
+    ways.STAND_IN: _stand_in,
     ways.SOCKET: _socket,
     ways.LISTEN: _listen,
     ways.PIPE: _pipe,
@@ -324,4 +346,5 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.CONSUME: _consume,
     ways.REFUSE: _refuse,
 }
-_PATH_WAYS = frozenset(_HANDOVERS) - {ways.FD, ways.NAME, ways.RUN, ways.KVM, ways.CONSUME, ways.REFUSE, ways.CONFIG}
+_NOT_PATHS = {ways.FD, ways.NAME, ways.RUN, ways.KVM, ways.CONSUME, ways.REFUSE, ways.CONFIG, ways.STAND_IN}
+_PATH_WAYS = frozenset(_HANDOVERS) - _NOT_PATHS

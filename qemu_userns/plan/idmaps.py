@@ -100,6 +100,8 @@ def _build_map(draft: "Draft", need: "Need", share: ShareMap) -> "MountMap | Non
     missing = find_unmapped(share, draft.identity)
     if model not in MAPPABLE:
         draft.refuse(what, f"security_model={model} keeps the guest's ids beside the files", "an id map goes with passthrough")
+    elif any(entry.outside == 0 for entry in (*share.uid_map, *share.gid_map)):
+        draft.refuse(what, "host root is in its id map", "host root is never mapped; leave host id 0 out")
     elif missing is not None:
         draft.refuse(
             what,

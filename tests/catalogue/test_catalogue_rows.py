@@ -272,10 +272,9 @@ CASES = [
     case("-run-with chroot=/x/dir", ways.CONSUME, "/x/dir", "consume"),
 ]
 PROXY = [
-    case(f"-{name} proxy,id=f,socket=/x/sock", ways.REFUSE, "proxy", "refuse: " + row.reason)
+    case(f"-{name} proxy,id=f,{socket}", ways.STAND_IN, "proxy", "rw /x/dir", *fds, fds=(9,))
     for name in ("fsdev", "virtfs")
-    for row in ROWS
-    if (row.kind, row.way) == (name, ways.REFUSE)
+    for socket, fds in (("socket=/x/sock", ("fd 9",)),)
 ]
 NESTED = [
     case(

@@ -84,8 +84,9 @@ def test_install_names_the_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    names = ("qemu-system-test", "virtfs-proxy-helper")
     done = qemu_userns("install", str(tmp_path / "dropin"))
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path}/dropin/qemu-system-test\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "".join(f"{tmp_path}/dropin/{name}\n" for name in names), "")
 
 
 # --- explain ----------------------------------------------------------------------------------------------------------

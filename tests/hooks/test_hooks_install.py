@@ -29,10 +29,10 @@ def qemus(tmp_path: Path) -> Path:
 
 def test_an_entry_for_each_qemu(qemus: Path, tmp_path: Path) -> None:
     target = tmp_path / "a/drop in"
-    assert install(str(target), str(qemus)) == ["qemu-system-arm", "qemu-system-x86_64"]
-    assert sorted(os.listdir(target)) == [NAME, "qemu-system-arm", "qemu-system-x86_64"]
+    assert install(str(target), str(qemus)) == ["qemu-system-arm", "qemu-system-x86_64", "virtfs-proxy-helper"]
+    assert sorted(os.listdir(target)) == [NAME, "qemu-system-arm", "qemu-system-x86_64", "virtfs-proxy-helper"]
     assert (target / NAME).stat().st_mode & 0o777 == 0o644
-    for entry in target.glob("qemu-system-*"):
+    for entry in target.glob("[qv]*"):
         assert entry.stat().st_mode & 0o777 == 0o755
         assert is_own_entry(str(entry))
         compile(entry.read_text(), str(entry), "exec")

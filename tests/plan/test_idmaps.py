@@ -90,6 +90,7 @@ def test_root_gets_an_idmapped_mount() -> None:
         (True, "dir", "passthrough", MapEntry(70_000, 1, 1), "guest id 70000 is in its id map, and not in QEMU's user namespace"),
         (False, "dir", "passthrough", MapEntry(0, 5000, 1), "only root can give a share another id map than the VM's"),
         (True, "dir", "mapped-xattr", ONE[0], "security_model=mapped-xattr keeps the guest's ids beside the files"),
+        (True, "dir", "passthrough", MapEntry(5, 0, 1), "host root is in its id map"),
         (True, "/", "passthrough", ONE[0], "the whole host tree cannot be shown with other ids"),
         (True, "/dev/fd/7", "passthrough", ONE[0], "an fd of the caller cannot be shown with other ids"),
     ],
