@@ -6,6 +6,9 @@ all of them alike. The figures are medians with their median absolute deviation;
 From the start of the drop-in to execve: a small C program stands first in PATH under QEMU's name, so that it is what the
 drop-in executes in the end. Given an fd (`-add-fd`) it writes the time there and exits; asked anything else it becomes the real
 QEMU.
+
+What a device costs is the difference between launches with DEVICES of them: disks on files, each of which is looked up and shown,
+and nics in turn.
 """
 
 import json
@@ -32,6 +35,9 @@ from qemu_userns.linux.process import CLONE_NEWNS, setns
 
 TEST_USER = "qemu-userns-test"
 MOUNTS, AT_ONCE = 500, 16
+DEVICES = (1, 8, 32)
+DEVICES_PER_SLOT, FIRST_SLOT = 8, 4
+DISK_BYTES = 1 << 20
 BUDGET_S, MOST_ROUNDS, FEWEST_ROUNDS = 32, 60, 5
 ROUNDS_PER_BURST = 8
 END_TIMEOUT_S = 10
@@ -71,15 +77,22 @@ class Way(NamedTuple):
     until: str = "greeting"  # or "stub", "exit"
     crowded: bool = False  # in the mount namespace with MOUNTS more mounts
     mode: str = "control"  # of the monitor: QMP, which the supervisor serves, or "readline", which QEMU serves by itself
+    devices: int = 0
+
+    @property
+    def where(self) -> str:
+        """What is special about the host or the VM."""
+        return f"+{MOUNTS} mounts" if self.crowded else f"{self.devices} device{'s' * (self.devices > 1)}" if self.devices else ""
 
 
 class Bench:
     """What all measurements share."""
 
-    def __init__(self, crowd: int | None, stub_dir: str | None) -> None:
-        """Keep fds of the mount namespaces: this one, and the crowded one if there is any."""
+    def __init__(self, crowd: int | None, stub_dir: str | None, disks: list[str]) -> None:
+        """Keep fds of the mount namespaces: this one, and the crowded one if there is any; and the files of disks."""
         self.own = os.open("/proc/self/ns/mnt", os.O_RDONLY)
         self.crowd = crowd
+        self.disks = disks
         self.env = {key: value for key, value in os.environ.items() if key != "QEMU_USERNS"}
         path = f"{stub_dir}:{self.env.get('PATH', os.defpath)}"
         self.stub_env = {**self.env, "PATH": path, "XDG_CACHE_HOME": f"{stub_dir}/cache"}  # root's is a fixed one
@@ -154,11 +167,11 @@ class Bench:
             pass
         monitor.close()
 
-    @staticmethod
-    def _spawn(way: Way, fd: int, env: dict[str, str], *words: str) -> int:
+    def _spawn(self, way: Way, fd: int, env: dict[str, str], *words: str) -> int:
         os.set_inheritable(fd, True)
         monitor = ["-chardev", f"socket,id=m,fd={fd}", "-mon", f"chardev=m,mode={way.mode}"]
-        return os.posix_spawn(way.command[0], [*way.command, *MACHINE, *monitor, *words], env)
+        devices = list_devices(self.disks[: way.devices])
+        return os.posix_spawn(way.command[0], [*way.command, *MACHINE, *devices, *monitor, *words], env)
 
 
 def find_ways(real: str, stub: str | None, crowded: bool, identities: dict[str, list[str]]) -> Iterator[Way]:
@@ -184,6 +197,35 @@ def find_ways(real: str, stub: str | None, crowded: bool, identities: dict[str, 
                 yield Way(f"{name}:hmp", f"{name}, HMP", command, mode="readline")
             if stub:
                 yield Way(f"{name}:execve{suffix}", f"{name}, to execve", command, "stub", more)
+        for count in DEVICES if stub else ():
+            yield Way(f"{name}:execve/{count}", f"{name}, to execve", command, "stub", devices=count)
+
+
+def list_devices(disks: list[str]) -> list[str]:
+    """Return the options of as many devices as there are files: disks on them, and nics in turn."""
+    words = []
+    for number, path in enumerate(disks):
+        slot, function = divmod(number, DEVICES_PER_SLOT)
+        address = f"addr={FIRST_SLOT + slot:x}.{function},multifunction=on"
+        if number % 2:
+            words += ["-netdev", f"user,id=b{number}", "-device", f"virtio-net-pci,netdev=b{number},{address}"]
+        else:
+            words += ["-drive", f"file={path},format=raw,if=none,id=b{number}"]
+            words += ["-device", f"virtio-blk-pci,drive=b{number},{address}"]
+    return words
+
+
+@contextmanager
+def made_disks() -> Iterator[list[str]]:
+    """Make the files of disks, which anybody may write."""
+    with tempfile.TemporaryDirectory(prefix="qemu-userns-bench-") as folder:
+        os.chmod(folder, 0o755)
+        paths = [f"{folder}/{number}" for number in range(max(DEVICES))]
+        for path in paths:
+            Path(path).touch()
+            os.chmod(path, 0o666)
+            os.truncate(path, DISK_BYTES)
+        yield paths
 
 
 def explain(*words: str) -> dict[str, list[dict[str, str]]]:
@@ -257,7 +299,7 @@ def bench_launch(rounds: int | None, json_file: str | None) -> None:
     identities, described = find_identities()
     with ExitStack() as stack:
         stub, crowd = stack.enter_context(compiled_stub(real)), stack.enter_context(crowded_namespace())
-        bench = Bench(crowd, stub and os.path.dirname(stub))
+        bench = Bench(crowd, stub and os.path.dirname(stub), stack.enter_context(made_disks()))
         ways = list(find_ways(real, stub, crowd is not None, identities))
         samples: dict[str, list[float]] = {way.key: [] for way in ways}
         at_once = [way for way in ways if way.until == "greeting" and not way.crowded and way.mode == "control"]
@@ -274,7 +316,7 @@ def bench_launch(rounds: int | None, json_file: str | None) -> None:
                         bursts[way.key].append(bench.burst(way, AT_ONCE))
                         time.sleep(AT_ONCE * PAUSE_S)
             done += 1
-    rows = [(way.label, f"+{MOUNTS} mounts" if way.crowded else "", way.key, samples[way.key]) for way in ways]
+    rows = [(way.label, way.where, way.key, samples[way.key]) for way in ways]
     rows += [(way.label, f"{AT_ONCE} at once", f"{way.key}@{AT_ONCE}", bursts[way.key]) for way in ways if way.key in bursts]
     about += [*described, f"{done} rounds; milliseconds: median and median absolute deviation"]
     if crowd is None:
@@ -302,6 +344,10 @@ def report(about: list[str], rows: list[tuple[str, str, str, list[float]]], name
             ratios[f"{name}: execve to QMP greeting / plain QEMU"] = (medians[name] - own) / medians["plain"]
         ratios[f"{name}: spawn to greeting / plain QEMU"] = medians[name] / medians["plain"]
         ratios[f"{name}: {AT_ONCE} at once / {AT_ONCE} plain"] = medians[f"{name}@{AT_ONCE}"] / medians[f"plain@{AT_ONCE}"]
+        few, many = min(DEVICES), max(DEVICES)
+        if f"{execve}/{many}" in medians:
+            cost = (medians[f"{execve}/{many}"] - medians[f"{execve}/{few}"]) / (many - few)
+            ratios[f"{name}: to execve, milliseconds per device, {few} to {many}"] = cost
         for key, what in ((name, "to greeting"), (execve, "to execve")):
             if f"{key}@crowd" in medians:
                 ratios[f"{name}: {what}, +{MOUNTS} mounts / without"] = medians[f"{key}@crowd"] / medians[key]
