@@ -103,14 +103,21 @@ def in_hmp(words: str) -> Dialogue:
 # --- what is not there --------------------------------------------------------------------------------------------------
 
 MISSING = [
-    *([VSOCK] if not Path("/dev/vhost-vsock").exists() else []),
     "usb-host,hostbus=9,hostaddr=99",
     "usb-host,hostdevice=/dev/null",
     f"vfio-pci,host={NO_DEVICE}",
     f"vfio-pci,host={NO_DEVICE.removeprefix('0000:')}",
     "vfio-pci,host=nonsense",
     "vfio-pci,sysfsdev=/nowhere",
-    *([f"vfio-pci,host={PCI}"] if not Path(f"/sys/bus/pci/devices/{PCI}/iommu_group").exists() else []),
+]
+# Words, what is missing, and what would help; in the mount namespace that has an empty /dev/vfio.
+REFUSED = [
+    (VSOCK, "/dev/vhost-vsock: there is no such device node", "modprobe vhost_vsock"),
+    ("vhost-scsi-pci,wwpn=naa.5001405bd4e8476e", "/dev/vhost-scsi: there is no such device node", "modprobe vhost_scsi"),
+    ("vfio-pci,sysfsdev={folder}", "/dev/vfio/vfio: there is no such device node", "modprobe vfio"),
+    ("usb-host,hostbus=1,hostaddr=2", None, ""),
+    ("virtio-gpu-pci,blob=on", "/dev/udmabuf: there is no such device node", "modprobe udmabuf"),
+    ("virtio-input-host-pci,evdev=/dev/input/event9", "/dev/input/event9: there is no such device node", "modprobe evdev"),
 ]
 
 

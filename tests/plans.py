@@ -41,6 +41,7 @@ from qemu_userns.plan.grants import (
     KeepFd,
     Link,
     Listen,
+    LockLimit,
     Monitor,
     Node,
     OpenFd,
@@ -70,6 +71,7 @@ KINDS = {
     "fifo": (FIFO, stat.S_IFIFO | 0o644),
     "vhost": (CHARACTER, stat.S_IFCHR | 0o660),
     "iommu": (CHARACTER, stat.S_IFCHR | 0o660),
+    **dict.fromkeys(("sev", "sgx", "udmabuf", "renderD"), (CHARACTER, stat.S_IFCHR | 432)),
     "vfio": (CHARACTER, stat.S_IFCHR | 0o666),
     "0": (CHARACTER, stat.S_IFCHR | 0o664),  # of a USB device, and of an iommu group
 }
@@ -128,9 +130,10 @@ def make_fact(path: str, root: bool = False) -> PathFact:
 
 
 def make_vfio(name: str) -> VfioFact:
-    """Return what /sys says of a device, by its name: alone (in no group), other (another driver has it), mdev."""
+    """Return what /sys says of a device, by its name: alone (in no group), other (another driver has it), mdev, mates."""
     group, cdev = ("", "") if "alone" in name else ("/dev/vfio/01", "/dev/vfio/devices/vfio0")
-    return VfioFact(group, cdev, "other" if "other" in name else "vfio-pci", "mdev" in name)
+    others = (("0000:01:00.1", "e1000e"),) if "mates" in name else ()
+    return VfioFact(group, cdev, "other" if "other" in name else "vfio-pci", "mdev" in name, others)
 
 
 def read(*words: str, configs: Mapping[int, str] | None = None) -> CommandLine:
@@ -143,12 +146,14 @@ def make_facts(
     images: Mapping[str, tuple[ImageFact, ...]] | None = None,
     environ: Mapping[str, str] | None = None,
     landlock_abi: int = 6,
+    lock_limit: tuple[int, int] = (-1, -1),
 ) -> HostFacts:
     """Return a made-up host that has nothing that every view would show."""
     account = Account("root", 0, 0, (0,)) if root else Account("user", UID, UID, (UID,))
     caller = Caller(account, root, CWD, 0o022, 1024, frozenset((0, 1, 2, *fds)))
     base = tuple(PathFact(entry.path, entry.path, ABSENT) for entry in BASE)
-    return HostFacts(caller, MadeUpPaths(root), images or {}, base, environ or {}, landlock_abi=landlock_abi)
+    paths = MadeUpPaths(root)
+    return HostFacts(caller, paths, images or {}, base, environ or {}, landlock_abi=landlock_abi, lock_limit=lock_limit)
 
 
 def plan_of(
@@ -162,12 +167,14 @@ def plan_of(
     seccomp: bool = True,
     landlock_abi: int = 6,
     paths: Mapping[str, PathFact] | None = None,
+    lock_limit: tuple[int, int] = (-1, -1),
+    version: tuple[int, ...] = (7, 2, 22),
 ) -> Plan:
     """Plan a command line for an unprivileged caller, or for root with leased ids; `paths` are those not as their names say."""
     commandline = read(*words, configs=configs)
     needs = find_needs(commandline)
-    program = Program("/usr/bin/file-qemu", (7, 2, 22), seccomp, ())
-    facts = make_facts(root, fds, images, environ, landlock_abi)
+    program = Program("/usr/bin/file-qemu", version, seccomp, ())
+    facts = make_facts(root, fds, images, environ, landlock_abi, lock_limit)
     facts = facts.replace(paths=MadeUpPaths(root, paths), stand_ins=MadeUpStandIns())
     return build_plan("qemu", commandline, needs, facts, LEASED if root else USER, program, settings or Settings(), leased=root)
 
@@ -200,6 +207,8 @@ def brief(grant: Grant) -> str:
             return f"fd {grant.number}" + (" reopened" if grant.reopened else "")
         case OpenFd():
             return f"open {grant.path} {('r', 'w', 'rw')[grant.flags & 3]}" + ("" if grant.fdset else " alone")
+        case LockLimit():
+            return "lock " + ("all" if grant.limit_bytes is None else f"{grant.limit_bytes >> 20} MiB")
         case Consume():
             return "consume"
         case Refuse():

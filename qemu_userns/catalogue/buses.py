@@ -5,6 +5,8 @@ if TYPE_CHECKING:
     from qemu_userns.cmdline.objects import Object
 
 USB_NODES = "/dev/bus/usb"
+RENDER_NODES = "/dev/dri"
+RENDER_PREFIX = "renderD"
 _HEX_DIGITS = frozenset("0123456789abcdefABCDEF")
 
 
@@ -16,6 +18,13 @@ def find_pci_directory(address: str) -> "str | None":
         return None
     domain, bus, slot, number = (int(part, 16) for part in parts[-4:])
     return f"/sys/bus/pci/devices/{domain:04x}:{bus:02x}:{slot:02x}.{number:x}"
+
+
+def find_sys_directory(device: int) -> str:
+    """Return where /sys has what a character device is a node of, from its st_rdev: makedev(3), sysfs(5)."""
+    major = (device >> 8 & 0xFFF) | (device >> 32 & ~0xFFF)
+    minor = (device & 0xFF) | (device >> 12 & ~0xFF)
+    return f"/sys/dev/char/{major}:{minor}/device"
 
 
 def find_usb_node(obj: "Object") -> "str | None":

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     Table = Mapping[str, list[Row]]
 
 
+# Members that say what kind of thing an object is.
+_KINDS = ("driver", "qom-type", "type", "accel")
+
+
 class Need(Record):
     """One thing of the host that one member of one object names."""
 
@@ -31,9 +35,11 @@ class Need(Record):
     command: str = ""  # the QMP command, if it is none of the command line's
 
     def describe(self) -> str:
-        """Name the word that asks: "-drive file", "-kernel", or "blockdev-add filename"."""
-        key = "" if self.member is None or (self.member.key == "value" and not self.command) else f" {self.member.key}"
-        return f"{self.command or f'-{self.obj.kind}'}{key}"
+        """Name the word that asks: "-drive file", "-kernel", "-device vhost-vsock-pci", or "blockdev-add filename"."""
+        word = self.command or f"-{self.obj.kind}"
+        if self.member is None or (self.member.key == "value" and not self.command):
+            return word
+        return f"{word} {self.member.value if self.member.key in _KINDS else self.member.key}"
 
     @property
     def listens(self) -> bool:

@@ -9,6 +9,7 @@ Source: QEMU's qemu-options.hx and qapi/*.json, 7.2 to 11.0.
 """
 
 from qemu_userns.catalogue import ways
+from qemu_userns.catalogue.buses import RENDER_NODES
 from qemu_userns.record import Record
 
 ANY_ENTRY = "*"
@@ -33,6 +34,7 @@ def _with_values(kinds: str, way: str) -> "tuple[Row, ...]":
     return tuple(Row(kind, "value", way) for kind in kinds.split())
 
 
+_SEV = ("sev-guest", "sev-snp-guest")
 _QOM_TYPES_WITH_FILE = ("secret", "sev-guest", "igvm-cfg")
 
 
@@ -62,6 +64,8 @@ def _with_buses(name: str) -> "tuple[str, ...]":
     return tuple(f"{name}-{bus}" for bus in ("pci", "pci-non-transitional", "pci-transitional", "ccw", "device"))
 
 
+# Those that make dma-bufs of the guest's memory by themselves: the others leave it to virgl.
+_GPUS = ("virtio-gpu-pci", "virtio-gpu-device", "virtio-gpu-ccw", "virtio-vga")
 _VFIO_PCI = ("vfio-pci", "vfio-pci-nohotplug")
 
 ROWS: "tuple[Row, ...]" = (
@@ -114,6 +118,7 @@ ROWS: "tuple[Row, ...]" = (
     *_with_values("mem-path", ways.MEMORY),
     Row("object", "mem-path", ways.READ, (("readonly", ("on",)),)),
     Row("object", "mem-path", ways.MEMORY),
+    Row("overcommit", "mem-lock", ways.LOCK, (("mem-lock", ("on", "on-fault")),)),
     # Character devices and monitors
     Row("chardev", "path", ways.SOCKET, (("backend", ("socket",)), ("abstract", ("", "off")))),
     Row("chardev", "path", ways.WRITE, (("backend", ("file",)), ("append", ("", "off")))),
@@ -145,18 +150,27 @@ ROWS: "tuple[Row, ...]" = (
     Row("object", "filename", ways.READ, (("qom-type", ("authz-list-file", "authz-listfile")),)),
     Row("object", "filename", ways.DEVICE, (("qom-type", ("rng-random",)),)),
     Row("object", "evdev", ways.DEVICE),
+    Row("device", "evdev", ways.DEVICE),
+    Row("device", "hidraw", ways.DEVICE),
     Row("object", "dh-cert-file", ways.READ),
     Row("object", "session-file", ways.READ),
     Row("object", "path", ways.SOCKET, (("qom-type", ("pr-manager-helper",)),)),
     Row("object", "socket.path", ways.LISTEN, (("qom-type", ("x-vfio-user-server",)),)),
     Row("object", "quote-generation-socket.path", ways.SOCKET),
     Row("object", "sev-device", ways.DEVICE),
+    Row("object", "qom-type", ways.DEVICE, (("qom-type", _SEV), ("sev-device", ("",))), node="/dev/sev"),
+    Row("object", "qom-type", ways.DEVICE, (("qom-type", ("memory-backend-epc",)),), node="/dev/sgx_vepc"),
     Row("object", "log", ways.WRITE, (("qom-type", ("qtest",)),)),
     # Displays
     Row("spice", "x509-dir", ways.DIRECTORY, entries=("ca-cert.pem", "server-cert.pem", "server-key.pem")),
     *(Row("spice", f"x509-{name}-file", ways.READ) for name in ("key", "cert", "cacert", "dh-key")),
     Row("spice", "addr", ways.MADE, (("unix", ("on",)),)),
     Row("vnc", "vnc", ways.VNC),
+    Row("display", "rendernode", ways.RENDER),
+    Row("display", "type", ways.RENDER, (("type", ("egl-headless",)), ("rendernode", ("",))), node=RENDER_NODES),
+    Row("spice", "rendernode", ways.RENDER),
+    Row("spice", "gl", ways.RENDER, (("gl", ("on",)), ("rendernode", ("",))), node=RENDER_NODES),
+    Row("device", "blob", ways.DEVICE, (("driver", _GPUS), ("blob", ("on",))), node="/dev/udmabuf"),
     # Shares
     Row("fsdev", "path", ways.SHARE, (("fsdriver", ("local",)),)),
     Row("virtfs", "path", ways.SHARE, (("fsdriver", ("local",)),)),
@@ -186,7 +200,8 @@ ROWS: "tuple[Row, ...]" = (
     Row("device", "host", ways.VFIO, (("driver", _VFIO_PCI), ("sysfsdev", ("",)), ("fd", ("",)))),
     Row("device", "sysfsdev", ways.VFIO, (("fd", ("",)),)),
     Row("enable-kvm", "", ways.KVM),
-    Row("accel", "accel", ways.KVM),
+    Row("accel", "accel", ways.KVM, (("device", ("",)),)),
+    Row("accel", "device", ways.DEVICE, (("accel", ("kvm",)),)),
     Row("machine", "accel", ways.KVM),
     # Fds of the caller
     *(Row("*", f"**.{key}", ways.FD) for key in ("fd", "vhostfd", "sock_fd")),

@@ -3,15 +3,17 @@
 import errno
 import fcntl
 import os
+import stat
 import struct
 
 from qemu_userns.catalogue import ways
+from qemu_userns.catalogue.buses import RENDER_NODES, RENDER_PREFIX, find_sys_directory
 from qemu_userns.catalogue.images import find_layer
 from qemu_userns.host.paths import PathWalker
 from qemu_userns.linux.landlock import probe_landlock
 from qemu_userns.linux.seccomp import knows_machine
 from qemu_userns.plan.base import BASE, KVM, PTMX
-from qemu_userns.plan.facts import BLOCK, DIRECTORY, REGULAR, HostFacts, ImageFact, PathFact, directory_of
+from qemu_userns.plan.facts import BLOCK, CHARACTER, DIRECTORY, REGULAR, HostFacts, ImageFact, PathFact, directory_of
 from qemu_userns.plan.grants import READ, SEARCH
 
 TYPE_CHECKING = False
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from qemu_userns.plan.identity import Identity
 
 _XATTR = "user.virtfs.qemu-userns"
-_NOT_PATHS = (ways.FD, ways.NAME, ways.RUN, ways.CONSUME, ways.REFUSE, ways.KVM, ways.STAND_IN)
+_NOT_PATHS = (ways.FD, ways.NAME, ways.RUN, ways.CONSUME, ways.REFUSE, ways.KVM, ways.STAND_IN, ways.LOCK)
+_LOCKING = (ways.LOCK, ways.VFIO)
 
 
 def look_at_host(
@@ -56,10 +59,15 @@ def look_at_host(
             paths[path] = walker.look(path)
         return paths[path]
 
+    locks = False
     for need in needs:
+        locks = locks or need.way in _LOCKING
+        if need.way == ways.KVM:
+            _name_group(look(KVM), paths)
         if need.way not in _NOT_PATHS:
             for path in _candidates(need):
                 fact = look(path)
+                _name_group(fact, paths)
             _look_closer(need, fact, paths)
             if need.row.entries and fact.kind == DIRECTORY and fact.fd is None:
                 paths[need.path] = fact.replace(entries=_find_entries(fact.real, caller, identity))
@@ -72,7 +80,8 @@ def look_at_host(
     for path in (program, PTMX, KVM, *extra, *_temporary(environ)):
         look(path)
     base = tuple(walker.look(entry.path, to_write=False) for entry in BASE)
-    return HostFacts(caller, paths, images, base, environ, probe_landlock(), knows_machine())
+    limit = _find_lock_limit() if locks else (-1, -1)
+    return HostFacts(caller, paths, images, base, environ, probe_landlock(), knows_machine(), limit)
 
 
 def _candidates(need: "Need") -> "tuple[str, ...]":
@@ -83,11 +92,52 @@ def _candidates(need: "Need") -> "tuple[str, ...]":
         return (directory_of(need.path), need.path)
     if need.way == ways.READ_MODULES:
         return (*(module.partition(" ")[0] for module in need.path.split(",")), need.path)
+    if need.way == ways.RENDER:
+        nodes = [f"{RENDER_NODES}/{name}" for name in _list_render_nodes()] if need.path == RENDER_NODES else [need.path]
+        return (*(path for node in nodes for path in (*_find_sys_directory(node), node)), need.path)
     if need.way == ways.VFIO:
         from qemu_userns.host.vfio import find_nodes
 
         return (f"{need.path}/subsystem", *find_nodes(need.path), need.path)
     return (need.path,)
+
+
+def _name_group(fact: PathFact, paths: "dict[str, PathFact]") -> None:
+    """Add the group's name to a device that the caller may not open: it may be what is missing."""
+    if fact.kind not in (CHARACTER, BLOCK) or (fact.readable and fact.writable) or fact.group:
+        return
+    import grp
+
+    try:
+        name = grp.getgrgid(fact.gid).gr_name
+    except KeyError:
+        name = str(fact.gid)
+    paths[fact.given] = fact.replace(group=name)
+
+
+def _find_lock_limit() -> "tuple[int, int]":
+    """Return how much memory this process may lock: getrlimit(2), RLIMIT_MEMLOCK."""
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_MEMLOCK)
+
+
+def _list_render_nodes() -> "tuple[str, ...]":
+    """Return the names of the render nodes."""
+    try:
+        names = os.listdir(RENDER_NODES)
+    except OSError:
+        return ()
+    return tuple(sorted(name for name in names if name.startswith(RENDER_PREFIX)))
+
+
+def _find_sys_directory(node: str) -> "tuple[str, ...]":
+    """Return the directory of a device node in /sys, if it is one."""
+    try:
+        found = os.stat(node)
+    except OSError:
+        return ()
+    return (find_sys_directory(found.st_rdev),) if stat.S_ISCHR(found.st_mode) else ()
 
 
 def _temporary(environ: "Mapping[str, str]") -> "tuple[str, ...]":
@@ -101,6 +151,8 @@ def _look_closer(need: "Need", fact: PathFact, paths: "dict[str, PathFact]") -> 
         paths[need.path] = fact.replace(xattrs=_probe_xattrs(fact.real))
     elif need.way == ways.PIDFILE and fact.kind == REGULAR and fact.fd is None:
         paths[need.path] = fact.replace(locked=_probe_lock(fact.real))
+    elif need.way == ways.RENDER and fact.kind == DIRECTORY:
+        paths[need.path] = fact.replace(entries=_list_render_nodes())
     elif need.way == ways.VFIO and fact.error is None and fact.kind == DIRECTORY:
         from qemu_userns.host.vfio import look_at_vfio
 

@@ -1,8 +1,10 @@
 """Open what a plan grants, with the caller's rights, before anything is unshared."""
 
 import errno
+import fcntl
 import os
 import stat
+import sys
 
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.idmap import map_mount
@@ -18,6 +20,7 @@ from qemu_userns.plan.grants import (
     Grant,
     KeepFd,
     Listen,
+    LockLimit,
     Monitor,
     Node,
     OpenFd,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from qemu_userns.plan.layout import Placed
 
 _COPY_SIZE_BYTES = 1 << 20
+_VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
 
 
 class Opened:
@@ -74,6 +78,10 @@ class Opened:
         os.dup2(fd, number, inheritable=False)
         os.close(fd)
         self.passed.append(number)
+
+    def allow_locking(self, limit_bytes: "int | None") -> None:
+        """Allow QEMU, which this process becomes, to lock so much memory."""
+        raise_lock_limit(0, limit_bytes)
 
     def undo(self) -> None:
         """Remove the files that were created; fds go with the process."""
@@ -172,6 +180,8 @@ def _open(grant: Grant, identity: "Identity", lease_fd: "int | None", opened: Op
             _create(grant, identity, opened)
         case CreateDir():
             _create_directory(grant, identity, opened)
+        case LockLimit():
+            opened.allow_locking(grant.limit_bytes)
         case Run():
             from qemu_userns.host.programs import open_program
 
@@ -193,7 +203,40 @@ def _open_checked(grant: OpenFd) -> int:
     if grant.device is not None and (not stat.S_ISCHR(found.st_mode) or found.st_rdev != grant.device):
         raise ResourceError(grant.path, "is not the device that was planned for")
     os.set_blocking(fd, True)
+    if grant.guest_cid is not None:
+        _take_cid(fd, grant.guest_cid, grant.why)
     return fd
+
+
+def _take_cid(fd: int, cid: int, why: str) -> None:
+    """Give vhost-vsock the guest's number, which QEMU does too; the kernel takes the same one again, but not of another VM."""
+    try:
+        fcntl.ioctl(fd, _VHOST_VSOCK_SET_GUEST_CID, cid.to_bytes(8, sys.byteorder))
+    except OSError as err:
+        if err.errno == errno.EADDRINUSE:
+            hint = "choose another guest-cid; `qemu-userns ps` lists the VMs that there are"
+            raise ResourceError(f"{why} guest-cid={cid}", "another VM has this number", hint) from err
+
+
+def raise_lock_limit(pid: int, limit_bytes: "int | None") -> None:
+    """Raise RLIMIT_MEMLOCK of a process, if it is lower: the soft limit as far as the hard one, which only root raises.
+
+    Args:
+        pid: of the process, 0 for this one.
+        limit_bytes: what is needed, None for no limit.
+
+    Raises:
+        OSError: it may not be raised.
+    """
+    import resource
+
+    which, infinite = resource.RLIMIT_MEMLOCK, resource.RLIM_INFINITY
+    soft, hard = resource.prlimit(pid, which)
+    wanted = infinite if limit_bytes is None else limit_bytes
+    if soft == infinite or (wanted != infinite and soft >= wanted):
+        return
+    enough = hard == infinite or (wanted != infinite and hard >= wanted)
+    resource.prlimit(pid, which, (wanted, hard if enough else wanted))
 
 
 def _copy_fd(number: int) -> int:

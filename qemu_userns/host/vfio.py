@@ -6,6 +6,8 @@ from qemu_userns.plan.base import VFIO_CONTAINER
 from qemu_userns.plan.facts import VfioFact
 
 _MEDIATED_BUS = "/sys/bus/mdev"
+# Drivers that do no DMA of their own leave a group to vfio; the kernel's driver_managed_dma.
+_HARMLESS_DRIVERS = ("", "pcieport", "pci-stub", "pciback", "shpchp")
 
 
 def look_at_vfio(directory: str) -> VfioFact:
@@ -20,7 +22,18 @@ def look_at_vfio(directory: str) -> VfioFact:
         f"/dev/vfio/devices/{own[0]}" if own else "",
         _read_link(f"{directory}/driver"),
         os.path.realpath(f"{directory}/subsystem") == _MEDIATED_BUS,
+        _find_others(f"{directory}/iommu_group/devices"),
     )
+
+
+def _find_others(group: str) -> "tuple[tuple[str, str], ...]":
+    """Return the devices of a group whose drivers keep it from vfio, with these."""
+    try:
+        names = sorted(os.listdir(group))
+    except OSError:
+        return ()
+    drivers = ((name, _read_link(f"{group}/{name}/driver")) for name in names)
+    return tuple((name, driver) for name, driver in drivers if driver not in _HARMLESS_DRIVERS and "vfio" not in driver)
 
 
 def find_nodes(directory: str) -> "tuple[str, ...]":

@@ -6,7 +6,7 @@ from qemu_userns.cmdline.source import apply_edits, drop
 from qemu_userns.cmdline.table import BUILTIN
 from qemu_userns.plan.base import BASE, LINKS, PRIVATE, PTMX
 from qemu_userns.plan.devices import add_kvm
-from qemu_userns.plan.draft import Draft
+from qemu_userns.plan.draft import Draft, find_memory
 from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, LANDLOCK_ABI_WITH_SCOPES
 from qemu_userns.plan.grants import READ, Bind, Consume, Copy, CreateDir, Link, Listen, Monitor, Private, QmpSocket, Reserved
 from qemu_userns.plan.handover import hand_over
@@ -79,6 +79,7 @@ def build_plan(
     """
     draft = Draft(commandline.objects, facts, identity, _find_named_fds(needs), settings.share_maps)
     draft.host_tree = WHOLE_HOST if settings.whole_host else NO_HOST
+    draft.version, draft.memory = program.version, find_memory(commandline.objects)
     _add_base(draft, program)
     for need in serve_monitors(draft, commandline, needs, settings):
         hand_over(draft, need, commandline)

@@ -14,7 +14,7 @@ from qemu_userns.cmdline.objects import CommandLine
 from qemu_userns.cmdline.source import Edit, append, apply_edits, remove, replace
 from qemu_userns.errors import CommandLineError
 from qemu_userns.plan.draft import Draft
-from qemu_userns.plan.facts import ABSENT, MISSING
+from qemu_userns.plan.facts import MISSING
 from qemu_userns.plan.grants import Connect, Listen, OpenFd, Run
 from qemu_userns.plan.handover import hand_over
 from qemu_userns.plan.plan import NO_HOST, Granted
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import Object
     from qemu_userns.cmdline.source import Member
-    from qemu_userns.plan.facts import HostFacts, PathFact
+    from qemu_userns.plan.facts import HostFacts
     from qemu_userns.plan.identity import Identity
 
 # Getfd names of our own; those of clients may be anything else that begins with no digit.
@@ -94,16 +94,9 @@ class CommandDraft(Draft):
         if reason != MISSING:
             super().refuse(why, reason, hint)
 
-    def check(self, need: "Need", fact: "PathFact", want: int) -> bool:
-        """Refuse what the caller may not open, in QEMU's manner; return whether it may."""
-        if fact.error is None and fact.kind != ABSENT and not self.caller_may(fact, want):
-            self.refuse_open(need, "Permission denied")
-            return False
-        return super().check(need, fact, want)
-
-    def refuse_open(self, need: "Need", reason: str) -> None:
-        """Refuse a path that leads nowhere, in QEMU's manner."""
-        self.refuse(f"Could not open '{need.path}'", reason)
+    def refuse_open(self, need: "Need", reason: str, hint: "str | None" = None) -> None:
+        """Refuse a path that leads nowhere in QEMU's manner; what would open a device is said too."""
+        self.refuse(f"Could not open '{need.path}'", reason, hint if self.path(need.path).group else None)
 
     def keep_fd(self, number: int, why: str, reopened: bool = False) -> None:
         """Leave numbers to QEMU: its fds are its own by now."""
@@ -212,6 +205,8 @@ def build_command_plan(
     identity: "Identity",
     first_number: int,
     host_tree: str = NO_HOST,
+    version: "tuple[int, ...]" = (),
+    memory: "tuple[str, str]" = ("", ""),
 ) -> CommandPlan:
     """Build the plan of a command.
 
@@ -224,9 +219,11 @@ def build_command_plan(
         identity: who QEMU is.
         first_number: from here on the VM has given no number to an fdset or a name of its own; FDS_PER_COMMAND may be taken.
         host_tree: which tree QEMU sees, as in the plan of its launch.
+        version: QEMU's.
+        memory: the values of its -m: size and maxmem.
     """
     draft = CommandDraft(text, objects, facts, identity, first_number)
-    draft.host_tree = host_tree
+    draft.host_tree, draft.version, draft.memory = host_tree, version, memory
     commandline = CommandLine((), (), (), tuple(objects))
     after = text
     try:

@@ -1,27 +1,30 @@
 """Hand over device nodes: shown where QEMU opens them, or opened outside. Pure."""
 
-from qemu_userns.catalogue.buses import USB_NODES
+from qemu_userns.catalogue.buses import USB_NODES, find_sys_directory
 from qemu_userns.cmdline.source import append, remove
-from qemu_userns.plan.base import KVM, VFIO_CONTAINER
-from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, MISSING, REGULAR
+from qemu_userns.plan.base import KVM
+from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, DIRECTORY, MISSING, REGULAR
 from qemu_userns.plan.grants import READ, WRITE, Node, OpenFd
 from qemu_userns.plan.plan import NO_HOST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qemu_userns.catalogue.needs import Need
-    from qemu_userns.cmdline.objects import CommandLine
+    from qemu_userns.cmdline.objects import CommandLine, Object
     from qemu_userns.plan.draft import Draft
-    from qemu_userns.plan.facts import VfioFact
 
 _O_RDWR = 2
+_WITH_KVM_DEVICE = (9, 0)  # -accel kvm,device=
+_WITH_IOMMUFD = (9, 0)
+_VSOCK = "/dev/vhost-vsock"
+_LOWEST_CID, _HIGHEST_CID = 3, 0xFFFFFFFE  # vsock(7); hw/virtio/vhost-vsock.c
 _USB_KEYS = ("hostbus", "hostaddr")
 
 
 def show_node(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     """Show a device node or FIFO; one that only root may open is made anew for QEMU's id."""
     fact = draft.path(need.path)
-    want = READ if need.obj.kind == "object" else WRITE
+    want = READ if need.obj.get("qom-type") == "rng-random" else WRITE
     if not draft.check(need, fact, want):
         return
     if draft.facts.caller.root and fact.kind in (CHARACTER, BLOCK) and not draft.may(fact, READ | WRITE):
@@ -34,17 +37,31 @@ def show_node(draft: "Draft", need: "Need", _: "CommandLine") -> None:
 
 
 def open_node(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
-    """Open a node outside that QEMU would open by itself, and pass the fd; one that is not there QEMU misses itself."""
+    """Open a node outside that QEMU would open by itself, and pass the fd."""
     fact = draft.path(need.path)
-    if fact.kind == ABSENT and fact.error in (None, MISSING):
+    if need.obj.get("qom-type") == "iommufd" and fact.kind == ABSENT and draft.version < _WITH_IOMMUFD:
+        return  # QEMU says that it has no such objects
+    if not draft.check(need, fact, READ | WRITE):
         return
-    if fact.kind != CHARACTER or not draft.check(need, fact, READ | WRITE):
+    if fact.kind != CHARACTER:
+        draft.refuse_open(need, "is not a device")
         return
-    grant = OpenFd(need.describe(), fact.real, need.path, _O_RDWR, draft.next_fd(), None, fact.inode, fact.device)
+    cid = _read_cid(need.obj) if need.path == _VSOCK else None
+    number = draft.next_fd()
+    grant = OpenFd(need.describe(), fact.real, need.path, _O_RDWR, number, None, fact.inode, fact.device, cid)
     if draft.pass_node(need, grant):
         draft.add(grant)
     else:
         show_node(draft, need, commandline)
+
+
+def _read_cid(obj: "Object") -> "int | None":
+    """Return the number that a guest is to have on vsock, None for what QEMU will refuse."""
+    try:
+        cid = int(obj.get("guest-cid") or "", 0)
+    except ValueError:
+        return None
+    return cid if _LOWEST_CID <= cid <= _HIGHEST_CID else None
 
 
 def show_usb(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -63,45 +80,63 @@ def show_usb(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     draft.edits.append(append(need.obj, "hostdevice", need.path, why))
 
 
-def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
-    """Show a device's directory in /sys, and the nodes of vfio by which QEMU has it."""
+def show_render_node(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Show a graphics card's render node, or all that the caller may open, where QEMU takes the first one that it may.
+
+    The libraries below QEMU ask /sys which card it is.
+    """
     fact = draft.path(need.path)
-    vfio = fact.vfio
-    if fact.kind == ABSENT or fact.error is not None or vfio is None:
-        return  # QEMU says that there is no such device
-    draft.bind(fact, False, need.describe())
-    nodes = _choose_nodes(need, vfio)
-    if not nodes:
-        return  # QEMU says that it has no iommu group
-    if "vfio" not in vfio.driver and not vfio.mediated:
-        driver = f"driven by {vfio.driver}" if vfio.driver else "without a driver"
-        hint = f"bind it: driverctl set-override {fact.real.rpartition('/')[2]} vfio-pci"
-        draft.refuse(f"{need.describe()} {need.path}", f"the device is {driver}, not by vfio-pci", hint)
-        return
-    if vfio.mediated:
-        subsystem = draft.path(f"{need.path}/subsystem")
-        draft.bind(subsystem, False, need.describe())  # QEMU asks whether it leads to /sys/bus/mdev
-    for path in nodes:
-        if draft.path(path).kind == ABSENT:
-            draft.refuse(f"{need.describe()} {path}", draft.path(path).error or MISSING, "is the module vfio-pci loaded?")
-        else:
-            show_node(draft, need.replace(path=path), commandline)
+    if fact.kind != DIRECTORY:
+        nodes = [need] if draft.check(need, fact, READ | WRITE) else []
+    else:
+        found = [need.replace(path=f"{need.path}/{name}") for name in fact.entries]  # without any, QEMU says so
+        nodes = [node for node in found if draft.caller_may(draft.path(node.path), READ | WRITE)]
+        if found and not nodes:
+            draft.refuse_denied(found[0], draft.path(found[0].path), READ | WRITE)
+    for node in nodes:
+        show_node(draft, node, commandline)
+        card = draft.path(find_sys_directory(draft.path(node.path).device))
+        if card.kind == DIRECTORY:
+            draft.bind(card, False, need.describe())
 
 
-def _choose_nodes(need: "Need", vfio: "VfioFact") -> "tuple[str, ...]":
-    """Return the nodes that QEMU opens: of the group and of all groups, or with iommufd the device's own."""
-    if need.obj.get("iommufd"):
-        return (vfio.cdev,) if vfio.cdev else ()
-    return (VFIO_CONTAINER, vfio.group) if vfio.group else ()
+def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Show a device that vfio gives to the guest."""
+    from qemu_userns.plan import vfio  # only those launches need it that have one
+
+    vfio.show_vfio(draft, need, commandline)
 
 
-def show_kvm(draft: "Draft", need: "Need", _: "CommandLine") -> None:
-    """Show /dev/kvm."""
-    add_kvm(draft, need.describe())
+def lock_memory(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    """Allow QEMU to lock its memory."""
+    from qemu_userns.plan import vfio
+
+    vfio.lock_memory(draft, need)
+
+
+def show_kvm(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Show /dev/kvm, or pass it; where the caller may not have it, QEMU goes on to the next accelerator, if there is one."""
+    fact = draft.path(KVM)
+    need = need.replace(path=KVM)
+    may = fact.kind == CHARACTER and draft.caller_may(fact, READ | WRITE)
+    if not may and not _has_other_accelerator(commandline):
+        draft.check(need, fact, READ | WRITE)
+    elif may and draft.version >= _WITH_KVM_DEVICE and need.obj.kind == "accel" and not draft.may(fact, READ | WRITE):
+        fdset = draft.next_fdset()
+        draft.pass_file(OpenFd(need.describe(), fact.real, KVM, _O_RDWR, draft.next_fd(), fdset, fact.inode, fact.device))
+        draft.edits.append(append(need.obj, "device", f"/dev/fdset/{fdset}", f"{KVM} is opened outside"))
+    else:
+        add_kvm(draft, need.describe())
+
+
+def _has_other_accelerator(commandline: "CommandLine") -> bool:
+    """Say whether QEMU may use anything but KVM."""
+    named = [obj.get("accel") or "" for obj in commandline.objects if obj.kind in ("accel", "machine")]
+    return any(name not in ("", "kvm") for names in named for name in names.split(":"))
 
 
 def add_kvm(draft: "Draft", why: str) -> None:
-    """Show /dev/kvm as the caller would open it; where it may not, QEMU says so, or goes on to the next accelerator."""
+    """Show /dev/kvm as the caller would open it."""
     fact = draft.path(KVM)
     if fact.kind != CHARACTER:
         return

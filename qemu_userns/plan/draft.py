@@ -57,6 +57,8 @@ class Draft:
         self.notes: "list[str]" = []  # said by explain
         self.capabilities: "frozenset[int]" = frozenset()
         self.host_tree = NO_HOST
+        self.version: "tuple[int, ...]" = ()  # of the real QEMU
+        self.memory = ("", "")  # the values of -m: size and maxmem
         self._parts: "dict[Member, list[tuple[int, int, str, str]]]" = {}
         self._taken = set(facts.caller.open_fds | named_fds)
         self._fdset = 0
@@ -69,9 +71,19 @@ class Draft:
         """Add a refusal."""
         self.grants.append(Refuse(why, reason, hint))
 
-    def refuse_open(self, need: "Need", reason: str) -> None:
-        """Refuse a path that leads nowhere."""
-        self.refuse(f"{need.describe()} {need.path}", reason)
+    def refuse_open(self, need: "Need", reason: str, hint: "str | None" = None) -> None:
+        """Refuse a path that leads nowhere, or that the caller may not open."""
+        self.refuse(f"{need.describe()} {need.path}", reason, hint)
+
+    def refuse_missing(self, need: "Need") -> None:
+        """Refuse what is not there, a device with what would make it."""
+        from qemu_userns.plan.refusals import NO_NODE, find_remedy
+
+        remedy = find_remedy(need.path)
+        if remedy is not None:
+            self.refuse(f"{need.describe()} {need.path}", NO_NODE, remedy)
+        else:
+            self.refuse_open(need, MISSING, missing_hint(need, self.facts.caller.cwd))
 
     def refuse_access(self, need: "Need", what: str) -> None:
         """Refuse what QEMU's id may not do, and what no fd can stand in for."""
@@ -217,16 +229,27 @@ class Draft:
 
     def check(self, need: "Need", fact: "PathFact", want: int) -> bool:
         """Refuse what does not exist or what the caller may not open; return whether it may."""
-        why = need.describe()
-        if fact.error is not None:
+        if fact.error is not None and fact.error != MISSING:
             self.refuse_open(need, fact.error)
         elif fact.kind == ABSENT:
-            self.refuse(f"{why} {need.path}", "No such file or directory", missing_hint(need, self.facts.caller.cwd))
+            self.refuse_missing(need)
         elif not self.caller_may(fact, want):
-            self.refuse(f"{why} {need.path}", "Permission denied", permission_hint(fact))
+            self.refuse_denied(need, fact, want)
         else:
             return True
         return False
+
+    def refuse_denied(self, need: "Need", fact: "PathFact", want: int) -> None:
+        """Refuse what the caller may not open, with what would open it."""
+        from qemu_userns.plan.refusals import explain_denied
+
+        self.refuse_open(need, "Permission denied", explain_denied(fact, self.facts.caller.account, want))
+
+
+def find_memory(objects: "Sequence[Object]") -> "tuple[str, str]":
+    """Return the values of -m: size and maxmem, "" for none; the last of each counts."""
+    found = {key: obj.get(key) for obj in objects if obj.kind == "memory" for key in ("size", "maxmem") if obj.get(key)}
+    return found.get("size") or "", found.get("maxmem") or ""
 
 
 def is_shown(path: str) -> bool:
@@ -237,9 +260,3 @@ def is_shown(path: str) -> bool:
 def missing_hint(need: "Need", cwd: str) -> str:
     """Say what a relative path is relative to."""
     return "check the path" if need.path.startswith("/") else f"the path is relative to {cwd}"
-
-
-def permission_hint(fact: "PathFact") -> str:
-    """Say whose the file is."""
-    owner = f"it belongs to {fact.uid}:{fact.gid} and has mode {fact.mode & 0o7777:04o}"
-    return f"{owner}; be its owner, in its group, or change the mode"

@@ -36,6 +36,7 @@ class VfioFact(Record):
     cdev: str  # its own node, "" where the kernel has none
     driver: str  # "" if none drives it
     mediated: bool  # a part of a device (mdev)
+    others: "tuple[tuple[str, str], ...]" = ()  # of the same group, with their drivers that keep vfio from having it
 
 
 class PathFact(Record):
@@ -58,6 +59,7 @@ class PathFact(Record):
     xattrs: bool = True  # whether user.* attributes can be set (looked up for 9p shares only)
     fd: "int | None" = None  # /dev/fd/N and /proc/self/fd/N: the number
     locked: bool = False  # somebody holds a lock on the file (looked up for -pidfile only)
+    group: str = ""  # name of the group of a device that the caller may not open (looked up for devices that are named only)
     vfio: "VfioFact | None" = None  # looked up for vfio devices only
     entries: "tuple[str, ...]" = ()  # names in a directory that its own bind does not serve (where the row has entries)
 
@@ -111,4 +113,5 @@ class HostFacts(Record):
     environment: "Mapping[str, str]"
     landlock_abi: int = 0  # 0: the kernel has none
     call_filter: bool = False  # whether a seccomp filter can be built for this machine
+    lock_limit: "tuple[int, int]" = (-1, -1)  # RLIMIT_MEMLOCK, soft and hard, -1 for none (looked up where memory is locked)
     stand_ins: "Mapping[Object, StandIn]" = {}  # noqa: RUF012 (never changed) by the share

@@ -143,11 +143,13 @@ class OpenFd(Grant):
     fdset: "int | None"  # that it is passed in; None: by its number, or by name
     inode: "tuple[int, int]"
     device: "int | None" = None  # st_rdev of a character device; None: a regular file
+    guest_cid: "int | None" = None  # of vhost-vsock: taken at once, so that no other VM can have it
 
     def describe(self) -> str:
         """Say what it is open on."""
         access = ("read-only", "write-only", "read-write")[self.flags & 3]
-        return f"fd {self.number}: {self.path}, {access}" + ("" if self.fdset is None else f", in /dev/fdset/{self.fdset}")
+        cid = "" if self.guest_cid is None else f", guest CID {self.guest_cid}"
+        return f"fd {self.number}: {self.path}, {access}{cid}" + ("" if self.fdset is None else f", in /dev/fdset/{self.fdset}")
 
 
 class Listen(Grant):
@@ -183,6 +185,17 @@ class Run(Grant):
     def describe(self) -> str:
         """Say what runs."""
         return f"fd {self.number}: {' '.join(self.argv)}, run outside"
+
+
+class LockLimit(Grant):
+    """How much memory QEMU may lock, where it may not lock so much yet: set outside, before there is a namespace."""
+
+    limit_bytes: "int | None"  # None: all of it
+
+    def describe(self) -> str:
+        """Say how much."""
+        much = "without limit" if self.limit_bytes is None else f"at least {self.limit_bytes >> 10} KiB"
+        return f"RLIMIT_MEMLOCK: {much}"
 
 
 class Consume(Grant):

@@ -337,7 +337,9 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.DEVICE: devices.show_node,
     ways.OPEN: devices.open_node,
     ways.USB: devices.show_usb,
+    ways.RENDER: devices.show_render_node,
     ways.VFIO: devices.show_vfio,
+    ways.LOCK: devices.lock_memory,
     ways.FD: _fd,
     ways.NAME: _name,
     ways.RUN: _run,
@@ -346,5 +348,5 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.CONSUME: _consume,
     ways.REFUSE: _refuse,
 }
-_NOT_PATHS = {ways.FD, ways.NAME, ways.RUN, ways.KVM, ways.CONSUME, ways.REFUSE, ways.CONFIG, ways.STAND_IN}
+_NOT_PATHS = {ways.FD, ways.NAME, ways.RUN, ways.KVM, ways.LOCK, ways.CONSUME, ways.REFUSE, ways.CONFIG, ways.STAND_IN}
 _PATH_WAYS = frozenset(_HANDOVERS) - _NOT_PATHS

@@ -10,7 +10,7 @@ from qemu_userns.catalogue.commands import find_command_needs, read_command
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.facts import look_at_host
 from qemu_userns.host.leftovers import remove
-from qemu_userns.host.opening import Opened, open_grants
+from qemu_userns.host.opening import Opened, open_grants, raise_lock_limit
 from qemu_userns.plan.command import build_command_plan
 from qemu_userns.plan.grants import Bind, Create, CreateDir, Link, Node
 from qemu_userns.plan.layout import build_layout, find_covered, find_shown
@@ -46,13 +46,18 @@ class Job(Record):
 class _Collected(Opened):
     """What is open for a command: its fds go to QEMU by a socket, not under numbers."""
 
-    def __init__(self, layout: "tuple[Placed, ...]") -> None:
+    def __init__(self, layout: "tuple[Placed, ...]", pid: int) -> None:
         super().__init__(layout, lambda _: None)
+        self._pid = pid  # QEMU's
         self.fds: "dict[int, int]" = {}
 
     def take(self, fd: int, number: int) -> None:
         """Collect an fd; take ownership."""
         self.fds[number] = fd
+
+    def allow_locking(self, limit_bytes: "int | None") -> None:
+        """Allow the running QEMU to lock so much memory."""
+        raise_lock_limit(self._pid, limit_bytes)
 
 
 def open_command(job: Job) -> "tuple[Plain, list[int]]":
@@ -68,7 +73,7 @@ def open_command(job: Job) -> "tuple[Plain, list[int]]":
     for refusal in plan.find_refusals():
         raise ResourceError(refusal.why, refusal.reason, refusal.hint)
     layout, reused = _build_layout(job, plan)
-    opened = _Collected(layout)
+    opened = _Collected(layout, job.pid)
     try:
         open_grants(plan.grants, job.state.identity, None, opened)
         shown = _place(job, opened)
@@ -119,7 +124,8 @@ def _plan(job: Job) -> "CommandPlan":
         raise ResourceError("QEMU's working directory", err.strerror or str(err)) from err
     caller = state.caller.replace(open_fds=frozenset())
     facts = look_at_host(needs, objects, caller, state.identity, {}, state.program, ())
-    return build_command_plan(job.name, job.text, objects, needs, facts, state.identity, job.first_number, state.host_tree)
+    launched = (state.host_tree, state.version, state.memory)
+    return build_command_plan(job.name, job.text, objects, needs, facts, state.identity, job.first_number, *launched)
 
 
 def _build_layout(job: Job, plan: "CommandPlan") -> "tuple[tuple[Placed, ...], tuple[int, ...]]":

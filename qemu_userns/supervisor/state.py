@@ -5,6 +5,7 @@ import os
 
 from qemu_userns.host.leftovers import Leftover
 from qemu_userns.plan import grants
+from qemu_userns.plan.draft import find_memory
 from qemu_userns.plan.facts import Account, Caller
 from qemu_userns.plan.identity import Identity, MapEntry, MountMap
 from qemu_userns.plan.rights import Rights
@@ -38,6 +39,7 @@ class State(Record):
     layout: "tuple[Placed, ...]" = ()  # what the view shows
     leftovers: "tuple[Leftover, ...]" = ()  # what the launch created: goes when it fails, and partly when QEMU ends
     sockets: "tuple[grants.QmpSocket, ...]" = ()  # of ours, besides those of the monitors
+    memory: "tuple[str, str]" = ("", "")  # the values of -m: size and maxmem
     started: int = 0  # when QEMU's process was, in clock ticks after boot: a pid may be another process's later
 
     @property
@@ -71,6 +73,7 @@ def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
         opened.layout,
         tuple(opened.leftovers),
         tuple(grant for grant in plan.grants if isinstance(grant, grants.QmpSocket)),
+        find_memory(start.asked.commandline.objects),
     )
 
 

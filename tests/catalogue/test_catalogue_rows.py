@@ -163,7 +163,7 @@ CASES = [
     case("-device usb-tablet,pcap=/x/new", ways.WRITE, "/x/new", NEW),
     case("-object filter-dump,id=f,netdev=n,file=/x/new", ways.WRITE, "/x/new", NEW),
     # Secrets, certificates, access lists
-    *[case(f"-object {name},id=s,file=/x/file", ways.READ, "/x/file", RO) for name in ("secret", "sev-guest", "igvm-cfg")],
+    *[case(f"-object {name},id=s,file=/x/file", ways.READ, "/x/file", RO) for name in ("secret", "igvm-cfg")],
     *[
         case(f"-object tls-creds-{kind},id=t,dir=/x/dir{end}", ways.DIRECTORY, "/x/dir", DIR_RO)
         for kind in ("x509", "psk", "anon")
@@ -171,9 +171,17 @@ CASES = [
     ],
     case("-object authz-list-file,id=a,filename=/x/file", ways.READ, "/x/file", RO),
     case("-object rng-random,id=r,filename=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
+    case("-device virtio-input-host-pci,evdev=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
+    case("-device u2f-passthru,hidraw=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
     case("-object input-linux,id=i,evdev=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
-    case("-object sev-guest,id=s,dh-cert-file=/x/file", ways.READ, "/x/file", RO),
-    case("-object sev-guest,id=s,session-file=/x/file", ways.READ, "/x/file", RO),
+    *[
+        Case(
+            ("-object", f"sev-guest,id=s,{key}=/x/file"),
+            ((ways.DEVICE, "/dev/sev"), (ways.READ, "/x/file")),
+            ("device /dev/sev", RO),
+        )
+        for key in ("file", "dh-cert-file", "session-file")
+    ],
     case("-object pr-manager-helper,id=p,path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
     case(
         '-object {"qom-type":"x-vfio-user-server","id":"v","socket":{"type":"unix","path":"/x/new"}}',
@@ -183,11 +191,21 @@ CASES = [
     ),
     case("-object tdx-guest,id=t,quote-generation-socket.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
     case("-object sev-guest,id=s,sev-device=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
+    *[case(f"-object {name},id=s", ways.DEVICE, "/dev/sev", "device /dev/sev") for name in ("sev-guest", "sev-snp-guest")],
+    case("-object memory-backend-epc,id=m,size=1M", ways.DEVICE, "/dev/sgx_vepc", "device /dev/sgx_vepc"),
+    case("-overcommit mem-lock=on", ways.LOCK, "on"),
+    Case(("-overcommit", "cpu-pm=on,mem-lock=off"), (), ()),
     case("-object qtest,id=q,chardev=c,log=/x/new", ways.WRITE, "/x/new", NEW),
     # Displays
     case("-spice x509-dir=/x/dir", ways.DIRECTORY, "/x/dir", DIR_RO),
     *[case(f"-spice x509-{name}-file=/x/file", ways.READ, "/x/file", RO) for name in ("key", "cert", "cacert", "dh-key")],
     case("-spice unix=on,addr=/x/new", ways.MADE, "/x/new", "rw /x"),
+    case("-display egl-headless,rendernode=/x/char", ways.RENDER, "/x/char", "device /x/char", "ro /sys/dev/char/0:0/device"),
+    case("-display dbus,gl=on,rendernode=/x/char", ways.RENDER, "/x/char", "device /x/char", "ro /sys/dev/char/0:0/device"),
+    case("-spice gl=on,rendernode=/x/char", ways.RENDER, "/x/char", "device /x/char", "ro /sys/dev/char/0:0/device"),
+    *[case(f"-{words}", ways.RENDER, "/dev/dri") for words in ("display egl-headless", "spice gl=on")],
+    case("-device virtio-gpu-pci,blob=on", ways.DEVICE, "/dev/udmabuf", "device /dev/udmabuf"),
+    *[Case(("-device", name), (), ()) for name in ("virtio-gpu-pci", "virtio-gpu-gl-pci,blob=on")],
     case("-vnc unix:/x/new", ways.MADE, "/x/new", "rw /x"),
     case("-display vnc=unix:/x/new", ways.MADE, "/x/new", "rw /x"),
     Case(("-vnc", ":1"), (), ()),
@@ -241,6 +259,8 @@ CASES = [
     case("-enable-kvm", ways.KVM, "", "device /dev/kvm"),
     case("-accel kvm", ways.KVM, "kvm", "device /dev/kvm"),
     case("-M accel=kvm:tcg", ways.KVM, "kvm:tcg", "device /dev/kvm"),
+    case("-accel kvm,device=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
+    Case(("-accel", "kvm,device=/dev/fdset/1"), (), ()),
     Case(("-accel", "tcg"), (), ()),
     # Fds of the caller
     case("-netdev tap,id=n,fd=9", ways.FD, "9", "fd 9", fds=(9,)),

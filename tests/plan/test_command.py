@@ -293,7 +293,6 @@ def test_a_usb_device_is_named_by_its_node() -> None:
     [
         ({"sysfsdev": "/sys/x"}, ["ro /sys/x", "device /dev/vfio/vfio", "device /dev/vfio/01"]),
         ({"sysfsdev": "/sys/x", "iommufd": "i"}, ["ro /sys/x", "device /dev/vfio/devices/vfio0"]),
-        ({"sysfsdev": "/sys/alone"}, ["ro /sys/alone"]),
         ({"sysfsdev": "/nowhere"}, []),
     ],
 )
@@ -328,7 +327,17 @@ def test_of_a_mediated_device_its_bus_is_shown_too() -> None:
             {"driver": "vfio-pci", "sysfsdev": "/sys/other"},
             "device_add sysfsdev /sys/other: the device is driven by other, not by vfio-pci (bind it: driverctl",
         ),
-        ("device_add", {"driver": "usb-host", "vendorid": 1}, "device_add driver: QEMU would look for the USB device in /sys"),
+        (
+            "device_add",
+            {"driver": "vfio-pci", "sysfsdev": "/sys/alone"},
+            "device_add sysfsdev /sys/alone: the device is in no iommu group (switch the IOMMU on",
+        ),
+        (
+            "device_add",
+            {"driver": "vfio-pci", "sysfsdev": "/sys/mates"},
+            "device_add sysfsdev /sys/mates: iommu group 01 is not viable: e1000e drives 0000:01:00.1, which is in it too",
+        ),
+        ("device_add", {"driver": "usb-host", "vendorid": 1}, "device_add usb-host: QEMU would look for the USB device in /sys"),
         ("screendump", {"filename": "/x/dir"}, "screendump filename /x/dir: Is a directory"),
         ("screendump", {"filename": "/x-root/new-root"}, "screendump filename /x-root/new-root: Permission denied"),
         ("block-export-add", {"type": "fuse", "mountpoint": "/x"}, "block-export-add mountpoint: a FUSE export would be mounted"),
