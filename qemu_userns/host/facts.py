@@ -80,7 +80,11 @@ def look_at_host(
     for path in (program, PTMX, KVM, *extra, *_temporary(environ)):
         look(path)
     base = tuple(walker.look(entry.path, to_write=False) for entry in BASE)
-    limit = _find_lock_limit() if locks else (-1, -1)
+    limit = (-1, -1)
+    if locks:
+        from qemu_userns.host.memory import find_lock_limit
+
+        limit = find_lock_limit()
     return HostFacts(caller, paths, images, base, environ, probe_landlock(), knows_machine(), limit)
 
 
@@ -115,13 +119,6 @@ def _name_group(fact: PathFact, paths: "dict[str, PathFact]") -> None:
     paths[fact.given] = fact.replace(group=name)
 
 
-def _find_lock_limit() -> "tuple[int, int]":
-    """Return how much memory this process may lock: getrlimit(2), RLIMIT_MEMLOCK."""
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_MEMLOCK)
-
-
 def _list_render_nodes() -> "tuple[str, ...]":
     """Return the names of the render nodes."""
     try:
@@ -151,6 +148,10 @@ def _look_closer(need: "Need", fact: PathFact, paths: "dict[str, PathFact]") -> 
         paths[need.path] = fact.replace(xattrs=_probe_xattrs(fact.real))
     elif need.way == ways.PIDFILE and fact.kind == REGULAR and fact.fd is None:
         paths[need.path] = fact.replace(locked=_probe_lock(fact.real))
+    elif need.way == ways.MEMORY and fact.error is None and fact.kind in (DIRECTORY, REGULAR):
+        from qemu_userns.host.memory import look_at_pages
+
+        paths[need.path] = fact.replace(pages=look_at_pages(fact.real))
     elif need.way == ways.RENDER and fact.kind == DIRECTORY:
         paths[need.path] = fact.replace(entries=_list_render_nodes())
     elif need.way == ways.VFIO and fact.error is None and fact.kind == DIRECTORY:

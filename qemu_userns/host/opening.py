@@ -81,6 +81,8 @@ class Opened:
 
     def allow_locking(self, limit_bytes: "int | None") -> None:
         """Allow QEMU, which this process becomes, to lock so much memory."""
+        from qemu_userns.host.memory import raise_lock_limit
+
         raise_lock_limit(0, limit_bytes)
 
     def undo(self) -> None:
@@ -216,27 +218,6 @@ def _take_cid(fd: int, cid: int, why: str) -> None:
         if err.errno == errno.EADDRINUSE:
             hint = "choose another guest-cid; `qemu-userns ps` lists the VMs that there are"
             raise ResourceError(f"{why} guest-cid={cid}", "another VM has this number", hint) from err
-
-
-def raise_lock_limit(pid: int, limit_bytes: "int | None") -> None:
-    """Raise RLIMIT_MEMLOCK of a process, if it is lower: the soft limit as far as the hard one, which only root raises.
-
-    Args:
-        pid: of the process, 0 for this one.
-        limit_bytes: what is needed, None for no limit.
-
-    Raises:
-        OSError: it may not be raised.
-    """
-    import resource
-
-    which, infinite = resource.RLIMIT_MEMLOCK, resource.RLIM_INFINITY
-    soft, hard = resource.prlimit(pid, which)
-    wanted = infinite if limit_bytes is None else limit_bytes
-    if soft == infinite or (wanted != infinite and soft >= wanted):
-        return
-    enough = hard == infinite or (wanted != infinite and hard >= wanted)
-    resource.prlimit(pid, which, (wanted, hard if enough else wanted))
 
 
 def _copy_fd(number: int) -> int:

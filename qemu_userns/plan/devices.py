@@ -1,10 +1,11 @@
 """Hand over device nodes: shown where QEMU opens them, or opened outside. Pure."""
 
 from qemu_userns.catalogue.buses import USB_NODES, find_sys_directory
-from qemu_userns.cmdline.source import append, remove
+from qemu_userns.cmdline.source import append, remove, replace
 from qemu_userns.plan.base import KVM
 from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, DIRECTORY, MISSING, REGULAR
 from qemu_userns.plan.grants import READ, WRITE, Node, OpenFd
+from qemu_userns.plan.layout import is_below
 from qemu_userns.plan.plan import NO_HOST
 
 TYPE_CHECKING = False
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _O_RDWR = 2
 _WITH_KVM_DEVICE = (9, 0)  # -accel kvm,device=
 _WITH_IOMMUFD = (9, 0)
+_TERMINALS = "/dev/pts"
 _VSOCK = "/dev/vhost-vsock"
 _LOWEST_CID, _HIGHEST_CID = 3, 0xFFFFFFFE  # vsock(7); hw/virtio/vhost-vsock.c
 _USB_KEYS = ("hostbus", "hostaddr")
@@ -27,13 +29,28 @@ def show_node(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     want = READ if need.obj.get("qom-type") == "rng-random" else WRITE
     if not draft.check(need, fact, want):
         return
-    if draft.facts.caller.root and fact.kind in (CHARACTER, BLOCK) and not draft.may(fact, READ | WRITE):
+    if draft.facts.caller.root and fact.kind == CHARACTER and is_below(fact.real, _TERMINALS) and not draft.may(fact, want):
+        _pass_terminal(draft, need)
+    elif draft.facts.caller.root and fact.kind in (CHARACTER, BLOCK) and not draft.may(fact, READ | WRITE):
         draft.way_to(fact, need.describe())
         draft.add(Node(need.describe(), fact.real, fact.device, fact.kind == BLOCK))
     elif draft.facts.caller.root and not draft.may(fact, want):
         draft.refuse_access(need, "open it")
     else:
         draft.bind(fact, want == WRITE or fact.kind != REGULAR, need.describe(), device=fact.kind in (CHARACTER, BLOCK))
+
+
+def _pass_terminal(draft: "Draft", need: "Need") -> None:
+    """Pass a pseudo terminal in an fdset: a node of it that is made anew cannot be opened, since it lies in no devpts."""
+    fact = draft.path(need.path)
+    fdset = draft.next_fdset()
+    name, why = f"/dev/fdset/{fdset}", f"{need.path} is opened outside"
+    draft.pass_file(OpenFd(need.describe(), fact.real, need.path, _O_RDWR, draft.next_fd(), fdset, fact.inode, fact.device))
+    if need.legacy is not None:
+        members = tuple((key, name if key == "path" else value) for key, value in need.legacy.members)
+        draft.legacy_to_chardev(need.obj, need.legacy.replace(members=members), why)
+    elif need.member is not None:
+        draft.edits.append(replace(need.member, name, why))
 
 
 def open_node(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -109,9 +126,9 @@ def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
 
 def lock_memory(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     """Allow QEMU to lock its memory."""
-    from qemu_userns.plan import vfio
+    from qemu_userns.plan import memory  # as above
 
-    vfio.lock_memory(draft, need)
+    memory.lock_memory(draft, need)
 
 
 def show_kvm(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:

@@ -39,6 +39,14 @@ class VfioFact(Record):
     others: "tuple[tuple[str, str], ...]" = ()  # of the same group, with their drivers that keep vfio from having it
 
 
+class PagesFact(Record):
+    """What there is of the huge pages of one size."""
+
+    size_bytes: int  # of one
+    free: int  # how many are to be had
+    total: int  # vm.nr_hugepages, of this size
+
+
 class PathFact(Record):
     """What a path leads to, as the caller sees it."""
 
@@ -61,6 +69,7 @@ class PathFact(Record):
     locked: bool = False  # somebody holds a lock on the file (looked up for -pidfile only)
     group: str = ""  # name of the group of a device that the caller may not open (looked up for devices that are named only)
     vfio: "VfioFact | None" = None  # looked up for vfio devices only
+    pages: "PagesFact | None" = None  # of a hugetlbfs (looked up for memory only)
     entries: "tuple[str, ...]" = ()  # names in a directory that its own bind does not serve (where the row has entries)
 
 
@@ -113,5 +122,6 @@ class HostFacts(Record):
     environment: "Mapping[str, str]"
     landlock_abi: int = 0  # 0: the kernel has none
     call_filter: bool = False  # whether a seccomp filter can be built for this machine
-    lock_limit: "tuple[int, int]" = (-1, -1)  # RLIMIT_MEMLOCK, soft and hard, -1 for none (looked up where memory is locked)
+    # RLIMIT_MEMLOCK: soft, and how high it may be set; -1 for none (looked up where memory is locked)
+    lock_limit: "tuple[int, int]" = (-1, -1)
     stand_ins: "Mapping[Object, StandIn]" = {}  # noqa: RUF012 (never changed) by the share

@@ -8,7 +8,7 @@ from qemu_userns.cmdline.source import append, drop, remove, replace
 from qemu_userns.plan import devices, images
 from qemu_userns.plan.draft import is_shown
 from qemu_userns.plan.facts import ABSENT, DIRECTORY, MISSING, REGULAR, SOCKET, directory_of
-from qemu_userns.plan.grants import READ, SEARCH, WRITE, Connect, Consume, Create, Listen, Reserved
+from qemu_userns.plan.grants import READ, SEARCH, WRITE, Connect, Consume, Create, CreateDir, Listen, Reserved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -161,13 +161,20 @@ def _create(draft: "Draft", need: "Need", mode: int, temporary: bool) -> None:
 def _memory(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Show a file that backs memory, or the directory (hugetlbfs) in which QEMU makes an unnamed one."""
     fact = draft.path(need.path)
+    if fact.pages is not None:
+        from qemu_userns.plan.memory import check_pages
+
+        if not check_pages(draft, need, fact.pages):
+            return
     if fact.kind != DIRECTORY:
         _write(draft, need, commandline)
     elif draft.check(need, fact, READ | WRITE):
         if is_shown(fact.real) or draft.may(fact, READ | WRITE | SEARCH):
             draft.bind(fact, True, need.describe())
-        else:
-            draft.refuse_access(need, "make files in it")
+        elif not any(isinstance(grant, CreateDir) and grant.path == fact.real for grant in draft.grants):
+            # It is root's alone, as /dev/hugepages is.
+            draft.way_to(fact, need.describe())
+            draft.add(CreateDir(need.describe(), fact.real))
 
 
 def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:

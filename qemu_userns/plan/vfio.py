@@ -1,7 +1,4 @@
-"""Hand over what vfio gives to a guest, and the right to lock the guest's memory. Pure.
-
-A device that reaches memory by itself takes that memory locked. CAP_IPC_LOCK counts only outside of the namespace, so that
-RLIMIT_MEMLOCK is what allows it: root has it raised, everybody else needs one that is enough.
+"""Hand over what vfio gives to a guest, with the right to lock the guest's memory, which the device reaches by itself. Pure.
 
 Source: Documentation/driver-api/vfio.rst of the kernel; hw/vfio of QEMU; how much is allowed: libvirt.
 """
@@ -9,23 +6,17 @@ Source: Documentation/driver-api/vfio.rst of the kernel; hw/vfio of QEMU; how mu
 from qemu_userns.plan.base import VFIO_CONTAINER
 from qemu_userns.plan.facts import ABSENT
 from qemu_userns.plan.grants import LockLimit
+from qemu_userns.plan.memory import check_limit, count_guest_bytes, is_enough
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import CommandLine, Object
     from qemu_userns.plan.draft import Draft
     from qemu_userns.plan.facts import VfioFact
 
-_MIB, _GIB = 1 << 20, 1 << 30
-_DEFAULT_BYTES = 128 * _MIB
-_SHIFTS = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-# The devices' own memory is locked too, at the guest's addresses.
-_DEVICE_BYTES = _GIB
+_DEVICE_BYTES = 1 << 30  # the devices' own memory, which is locked too, at the guest's addresses
 _IOMMUS = ("intel-iommu", "amd-iommu", "virtio-iommu-pci", "virtio-iommu-device", "arm-smmuv3")
-_NO_LIMIT = -1  # RLIM_INFINITY as Python has it
 
 
 def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -58,15 +49,6 @@ def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         _allow_vfio(draft, need)
 
 
-def lock_memory(draft: "Draft", need: "Need") -> None:
-    """Allow QEMU to lock all its memory; a limit of an ordinary caller's stays, and has to be enough."""
-    soft, _ = draft.facts.lock_limit
-    if draft.facts.caller.root and soft != _NO_LIMIT:
-        draft.add(LockLimit(need.describe(), None))
-    elif not draft.facts.caller.root:
-        _check_limit(draft, need, (soft, "soft"), _count_guest_bytes(draft.memory))
-
-
 def _choose_nodes(need: "Need", vfio: "VfioFact") -> "tuple[str, ...]":
     """Return the nodes that QEMU opens: of the group and of all groups, or with iommufd the device's own."""
     if need.obj.get("iommufd"):
@@ -80,31 +62,12 @@ def _bind_hint(address: str) -> str:
 
 def _allow_vfio(draft: "Draft", need: "Need") -> None:
     """Raise the limit to what the guest's memory takes; with an iommu of the guest's own each device locks all of it."""
-    guest = _count_guest_bytes(draft.memory)
     times = max(1, sum(_is_vfio(obj) for obj in draft.objects)) if any(map(_has_iommu, draft.objects)) else 1
-    wanted = guest * times + _DEVICE_BYTES
+    guest = count_guest_bytes(draft.memory) * times
     soft, hard = draft.facts.lock_limit
-    if _is_enough(soft, wanted):
-        return
-    if draft.facts.caller.root or _check_limit(draft, need, (hard, "hard"), wanted):
+    wanted = guest + _DEVICE_BYTES if is_enough(hard, guest + _DEVICE_BYTES) else hard
+    if check_limit(draft, need, (hard, "hard"), guest) and not is_enough(soft, wanted):
         draft.add(LockLimit(need.describe(), wanted))
-
-
-def _is_enough(limit: int, wanted: int) -> bool:
-    return limit == _NO_LIMIT or limit >= wanted
-
-
-def _check_limit(draft: "Draft", need: "Need", limit: "tuple[int, str]", wanted: int) -> bool:
-    """Refuse what a limit of the caller's, soft or hard, does not allow; return whether it does."""
-    value, kind = limit
-    if _is_enough(value, wanted):
-        return True
-    draft.refuse(
-        need.describe(),
-        f"RLIMIT_MEMLOCK ({kind}) is {value >> 10} KiB, and {wanted >> 10} KiB of memory are to be locked",
-        "raise it: memlock in /etc/security/limits.conf, LimitMEMLOCK= of a systemd unit, or prlimit --memlock= as root",
-    )
-    return False
 
 
 def _is_vfio(obj: "Object") -> bool:
@@ -114,18 +77,3 @@ def _is_vfio(obj: "Object") -> bool:
 def _has_iommu(obj: "Object") -> bool:
     """Say whether an object gives the guest an iommu."""
     return (obj.kind == "device" and obj.get("driver") in _IOMMUS) or (obj.kind == "machine" and bool(obj.get("iommu")))
-
-
-def _count_guest_bytes(memory: "Sequence[str]") -> int:
-    """Return the most memory that the guest may have, from the values of -m: size, which is in MiB, and maxmem, in bytes."""
-    return max(_read_size(text, unit) or 0 for text, unit in zip(memory, (_MIB, 1), strict=True)) or _DEFAULT_BYTES
-
-
-def _read_size(text: str, unit: int) -> "int | None":
-    """Return a size in bytes, None for what QEMU would refuse; `unit` is that of a number without one."""
-    number, shift = (text[:-1], _SHIFTS[text[-1:].lower()]) if text[-1:].lower() in _SHIFTS else (text, None)
-    try:
-        value = float(number)
-    except ValueError:
-        return None
-    return int(value * (unit if shift is None else 1 << shift))

@@ -10,7 +10,8 @@ from qemu_userns.catalogue.commands import find_command_needs, read_command
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.facts import look_at_host
 from qemu_userns.host.leftovers import remove
-from qemu_userns.host.opening import Opened, open_grants, raise_lock_limit
+from qemu_userns.host.memory import raise_lock_limit
+from qemu_userns.host.opening import Opened, open_grants
 from qemu_userns.plan.command import build_command_plan
 from qemu_userns.plan.grants import Bind, Create, CreateDir, Link, Node
 from qemu_userns.plan.layout import build_layout, find_covered, find_shown

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qemu_userns.catalogue.ways import OWN_FDSET_BASE
-from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, MISSING, Account, PathFact
+from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, MISSING, Account, PagesFact, PathFact
 from qemu_userns.plan.grants import LockLimit, OpenFd, Refuse
 from qemu_userns.plan.refusals import NO_NODE, explain_denied, find_remedy
 from tests.plans import asked_for, plan_of
@@ -37,8 +37,8 @@ def refusals(plan: Plan) -> list[tuple[str, str, str | None]]:
     return [(grant.why, grant.reason, grant.hint) for grant in plan.grants if isinstance(grant, Refuse)]
 
 
-def locks(*argv: str, **options: Any) -> list[int | None]:
-    found = plan_of(*argv, **{"lock_limit": LIMITED, **options})
+def locks(*argv: str, lock_limit: tuple[int, int] = (8 * MIB, -1), **options: Any) -> list[int | None]:
+    found = plan_of(*argv, lock_limit=lock_limit, **options)
     assert not refusals(found)
     return [grant.limit_bytes for grant in found.grants if isinstance(grant, LockLimit)]
 
@@ -208,6 +208,23 @@ def test_render_nodes_that_nobody_may_open_are_refused() -> None:
     assert "usermod -aG render user" in (hint or "")
 
 
+# --- terminals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("-chardev", "serial,id=s,path=/dev/pts/7"), ["-chardev", "serial,id=s,path={}"]),
+        (("-serial", "/dev/pts/7"), ["-chardev", "serial,id=serial0,path={}", "-serial", "chardev:serial0"]),
+    ],
+)
+def test_a_terminal_comes_in_an_fdset(argv: tuple[str, ...], words: list[str]) -> None:
+    plan = plan_of(*argv, root=True, paths={"/dev/pts/7": node("/dev/pts/7", may=True)})
+    assert asked_for(plan) == ["open /dev/pts/7 rw"]
+    name = f"/dev/fdset/{OWN_FDSET_BASE + 1}"
+    assert list(plan.words[-len(words) :]) == [word.format(name) for word in words]
+
+
 # --- locked memory ------------------------------------------------------------------------------------------------------
 
 
@@ -228,9 +245,11 @@ def test_with_an_iommu_in_the_guest_each_device_locks_it_all() -> None:
 def test_an_ordinary_callers_hard_limit_has_to_be_enough_for_vfio() -> None:
     assert locks(*VFIO, lock_limit=(8 * MIB, -1)) == [1152 * MIB]
     assert locks(*VFIO, lock_limit=(8 * MIB, 2048 * MIB)) == [1152 * MIB]
+    assert locks(*VFIO, lock_limit=(8 * MIB, 200 * MIB)) == [200 * MIB]  # the device's own memory may be little
+    assert refusals(plan_of(*VFIO, root=True, lock_limit=LIMITED))  # as root without CAP_SYS_RESOURCE
     ((why, reason, hint),) = refusals(plan_of(*VFIO, lock_limit=LIMITED))
     assert why == "-device sysfsdev"
-    assert reason == "RLIMIT_MEMLOCK (hard) is 16384 KiB, and 1179648 KiB of memory are to be locked"
+    assert reason == "RLIMIT_MEMLOCK (hard) is 16384 KiB, and 131072 KiB of memory are to be locked"
     assert "limits.conf" in (hint or "")
 
 
@@ -239,9 +258,31 @@ def test_all_of_qemu_may_be_locked() -> None:
     assert locks(*lock, root=True) == [None]
     assert locks(*lock, root=True, lock_limit=(-1, -1)) == []
     assert locks(*lock, lock_limit=(64 * MIB, 64 * MIB)) == []
+    assert refusals(plan_of(*lock, root=True, lock_limit=LIMITED))
     ((_, reason, _),) = refusals(plan_of(*lock, lock_limit=LIMITED))
     assert reason == "RLIMIT_MEMLOCK (soft) is 8192 KiB, and 65536 KiB of memory are to be locked"
     assert asked_for(plan_of("-overcommit", "mem-lock=off", lock_limit=LIMITED)) == []
+
+
+@pytest.mark.parametrize(("free", "root"), [(16, False), (15, False), (15, True)])
+def test_huge_pages_have_to_be_there(free: int, root: bool) -> None:
+    pages = PagesFact(2 * MIB, free, 20)
+    paths = {"/x/dir": PathFact("/x/dir", "/x/dir", DIRECTORY, uid=1000, mode=0o40700, readable=True, writable=True, pages=pages)}
+    for argv in (("-mem-path", "/x/dir", "-m", "32"), ("-object", "memory-backend-file,id=m,size=32M,mem-path=/x/dir")):
+        found = plan_of(*argv, root=root, paths=paths)
+        if free == 16:
+            assert asked_for(found) == ["rw /x/dir"]
+            continue
+        ((_, reason, hint),) = refusals(found)
+        assert reason == "16 huge pages of 2048 KiB are needed, and 15 are to be had"
+        assert hint == "sysctl vm.nr_hugepages=21, or /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+
+
+def test_a_directory_of_roots_gets_one_of_qemus_for_memory() -> None:
+    fact = PathFact("/x/dir", "/x/dir", DIRECTORY, mode=0o40755, readable=True, writable=True)
+    memory = ("-object", "memory-backend-file,id=m,size=32M,mem-path=/x/dir")
+    twice = (*memory, "-object", "memory-backend-file,id=n,size=32M,mem-path=/x/dir")
+    assert asked_for(plan_of(*twice, root=True, paths={"/x/dir": fact})) == ["createdir /x/dir"]
 
 
 @pytest.mark.parametrize(

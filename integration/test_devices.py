@@ -1,0 +1,357 @@
+"""Devices of the host that QEMU has, for each way of starting it, at launch and plugged in; and the texts where it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import tty
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from integration.plugged import Vm, plugged
+from integration.shares import Launch, dropin_words
+from integration.talk import DEADLINE_S, PLAIN, outcome, wait_until
+from integration.vm import running_guest
+from qemu_userns.plan.refusals import NO_NODE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
+
+PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "32", "-S"]
+MIB = 1 << 20
+HUGE_BYTES = 2 * MIB
+PAGES = 160
+BLOCK = b"\x5a" * 4096
+
+
+@pytest.fixture
+def loop(shared_tmp: Path) -> Iterator[tuple[Path, Path]]:
+    """Make a loop device, which is root's alone; return its node and its file."""
+    file = shared_tmp / "loop.raw"
+    file.write_bytes(bytes(MIB))
+    made = subprocess.run(["losetup", "--find", "--show", file], check=True, capture_output=True, text=True)
+    node = Path(made.stdout.strip())
+    try:
+        yield node, file
+    finally:
+        subprocess.run(["losetup", "--detach", node], check=True)
+
+
+@pytest.fixture(params=["everybody's", "root's"])
+def huge(request: pytest.FixtureRequest, shared_tmp: Path) -> Iterator[Path]:
+    """Have some huge pages, and a file system of them."""
+    total = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_BYTES >> 10}kB/nr_hugepages")
+    before = total.read_text()
+    total.write_text(f"{int(before) + PAGES}")
+    folder = shared_tmp / "huge"
+    folder.mkdir()
+    mode = "1777" if request.param == "everybody's" else "755"
+    subprocess.run(["mount", "-t", "hugetlbfs", "-o", f"mode={mode},pagesize={HUGE_BYTES}", "hugetlbfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+        total.write_text(before)
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[tuple[int, Path]]:
+    """Make a pseudo terminal that stands for a serial line; yield one end and the name of the other."""
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)
+    try:
+        yield ours, Path(os.ttyname(theirs))
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def said(launch: Launch, *options: str) -> tuple[str, str]:
+    """Return the error of a launch that is refused, and the hint."""
+    status, stdout, stderr = outcome([*dropin_words(), *launch.options], *PC, *options)
+    assert (status, stdout) == (1, ""), stderr
+    error, hint = stderr.splitlines()
+    return error.removeprefix("qemu-userns: "), hint.removeprefix("hint: ")
+
+
+# --- what is missing ----------------------------------------------------------------------------------------------------
+
+MISSING = [
+    (node, driver, members, remedy)
+    for node, driver, members, remedy in (
+        ("/dev/vhost-vsock", "vhost-vsock-pci", {"guest-cid": 5}, "load the kernel's module vhost_vsock: modprobe vhost_vsock"),
+        ("/dev/vhost-scsi", "vhost-scsi-pci", {"wwpn": "naa.5001"}, "load the kernel's module vhost_scsi: modprobe vhost_scsi"),
+        ("/dev/udmabuf", "virtio-gpu-pci", {"blob": True}, "load the kernel's module udmabuf: modprobe udmabuf"),
+        (
+            "/dev/input/event99",
+            "virtio-input-host-pci",
+            {"evdev": "/dev/input/event99"},
+            "load the kernel's module evdev: modprobe evdev",
+        ),
+    )
+    if not Path(node).exists()
+]
+
+
+@pytest.mark.parametrize(("node", "driver", "members", "remedy"), MISSING, ids=lambda value: str(value)[:30])
+def test_a_missing_device_names_its_module(
+    launch: Launch, shared_tmp: Path, node: str, driver: str, members: dict[str, Any], remedy: str
+) -> None:
+    words = ",".join([driver, *(f"{key}={'on' if value is True else value}" for key, value in members.items())])
+    error, hint = said(launch, "-device", words)
+    assert error.startswith("-device ")
+    assert error.endswith(f" {node}: there is no such device node")
+    assert hint == remedy
+    with plugged(shared_tmp / "vm", launch, machine=PC) as vm, vm.balanced():
+        desc = vm.qmp.refused("device_add", id="d", **{"driver": driver, **members})
+        assert desc.startswith("device_add ")
+        assert desc.endswith(f" {node}: there is no such device node ({remedy})")
+
+
+@pytest.mark.ordinary
+def test_a_device_of_another_group_names_the_group(launch: Launch, shared_tmp: Path) -> None:
+    error, hint = said(launch, "-object", "rng-random,id=r,filename=/dev/hwrng")
+    assert error == "-object filename /dev/hwrng: Permission denied"
+    assert hint == "it belongs to 0:0 and has mode 0600; its group root would need g+r, which a udev rule can set (MODE=)"
+    with plugged(shared_tmp / "vm", launch, machine=PC) as vm, vm.balanced():
+        desc = vm.qmp.refused("object-add", qom_type="rng-random", id="r", filename="/dev/hwrng")
+        assert desc == f"Could not open '/dev/hwrng': Permission denied ({hint})"
+
+
+@pytest.mark.skipif(Path("/dev/vfio/vfio").exists(), reason="this kernel has vfio")
+def test_what_keeps_a_device_from_vfio_is_named(launch: Launch, shared_tmp: Path) -> None:
+    group = shared_tmp / "groups/7/devices/0000:01:00.1"
+    device = shared_tmp / "0000:01:00.0"
+    for folder, driver in ((group, "e1000e"), (device, "vfio-pci")):
+        folder.mkdir(parents=True)
+        (folder / "driver").symlink_to(f"/sys/bus/pci/drivers/{driver}")
+    (device / "iommu_group").symlink_to(shared_tmp / "groups/7")
+    words = f"vfio-pci,sysfsdev={device}"
+    error, hint = said(launch, "-device", words)
+    assert error == (f"-device sysfsdev {device}: iommu group 7 is not viable: e1000e drives 0000:01:00.1, which is in it too")
+    assert hint == "bind it: driverctl set-override 0000:01:00.1 vfio-pci"
+    (group / "driver").unlink()
+    (group / "driver").symlink_to("/sys/bus/pci/drivers/pcieport")
+    error, hint = said(launch, "-device", words)
+    assert (error, hint) == (
+        f"-device sysfsdev /dev/vfio/vfio: {NO_NODE}",
+        "load the kernel's module vfio: modprobe vfio",
+    )
+    (device / "iommu_group").unlink()
+    error, hint = said(launch, "-device", words)
+    assert error == f"-device sysfsdev {device}: the device is in no iommu group"
+    assert "intel_iommu=on" in hint
+
+
+def test_a_protocol_that_qemu_does_not_have_is_qemus_to_refuse(launch: Launch) -> None:
+    drive = ("-drive", "file=fd:3,format=raw,if=none")
+    assert outcome([*dropin_words(), *launch.options], *PC, *drive) == outcome(PLAIN, *PC, *drive)
+
+
+# --- block devices ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("options", ["-drive file={},format=raw,if=none,id=d", "-blockdev host_device,node-name=d,filename={}"])
+def test_a_block_device_of_roots_is_written(launch: Launch, shared_tmp: Path, loop: tuple[Path, Path], options: str) -> None:
+    node, file = loop
+    with plugged(shared_tmp / "vm", launch, *options.format(node).split(), machine=PC) as vm:
+        assert "host_device" in {item["drv"] for item in vm.qmp.execute("query-named-block-nodes")}
+        write_block(vm, node)
+    assert file.read_bytes()[:4096] == BLOCK
+
+
+@pytest.mark.root
+def test_a_block_device_of_roots_is_plugged_in(launch: Launch, shared_tmp: Path, loop: tuple[Path, Path]) -> None:
+    node, file = loop
+    with plugged(shared_tmp / "vm", launch, machine=PC) as vm, vm.balanced():
+        vm.qmp.execute("blockdev-add", driver="host_device", node_name="d", filename=str(node))
+        write_block(vm, node)
+        vm.qmp.execute("blockdev-del", node_name="d")
+    assert file.read_bytes()[:4096] == BLOCK
+
+
+@pytest.mark.root
+def test_a_block_device_that_is_only_read_is_not_written(launch: Launch, shared_tmp: Path, loop: tuple[Path, Path]) -> None:
+    node, file = loop
+    options = ["-blockdev", f"host_device,node-name=d,filename={node},read-only=on"]
+    with plugged(shared_tmp / "vm", launch, *options, machine=PC) as vm:
+        write_block(vm, node)
+    assert file.read_bytes()[:4096] == bytes(4096)
+
+
+def write_block(vm: Vm, node: Path) -> None:
+    """Write the first block of a node, as a guest would."""
+    vm.qmp.hmp('qemu-io d "write -P 90 0 4k"')
+    vm.qmp.hmp('qemu-io d "flush"')
+    subprocess.run(["blockdev", "--flushbufs", node], check=True)
+
+
+# --- in a guest ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.parametrize("huge", ["root's"], indirect=True)
+def test_a_guest_has_devices_of_roots(launch: Launch, shared_tmp: Path, loop: tuple[Path, Path], huge: Path) -> None:
+    """A block device, a serial line, random numbers, and memory in huge pages."""
+    node, file = loop
+    file_text = b"written on the host\n"
+    subprocess.run(["dd", f"of={node}", "bs=4k", "conv=sync,fsync", "status=none"], input=file_text, check=True)
+    options = [
+        *("-drive", f"file={node},format=raw,if=none,id=d", "-device", "virtio-blk-pci,drive=d"),
+        *("-object", "rng-random,id=r,filename=/dev/hwrng", "-device", "virtio-rng-pci,rng=r"),
+        *("-object", f"memory-backend-file,id=m,mem-path={huge},size=256M,prealloc=on", "-M", "memory-backend=m"),
+    ]
+    with terminal() as (ours, name):
+        serial = ["-chardev", f"serial,id=s,path={name}", "-device", "isa-serial,chardev=s"]
+        words = [*dropin_words(), *launch.options]
+        with running_guest(words, tmp=shared_tmp, extra=[*options, *serial]) as guest:
+            assert f"HugetlbPages:\t  {256 << 10} kB" in (guest.proc / "status").read_text()
+            assert guest.check("head -n 1 /dev/vda").encode() == file_text
+            guest.check("printf 'written in the guest' | dd of=/dev/vda bs=4k seek=1 conv=sync,fsync 2>/dev/null")
+            guest.check("stty -F /dev/ttyS1 raw -echo 2>/dev/null; printf hello >/dev/ttyS1")
+            assert wait_read(ours, 5) == b"hello"
+    subprocess.run(["blockdev", "--flushbufs", node], check=True)
+    assert file.read_bytes()[4096:].startswith(b"written in the guest\0")
+
+
+# --- character devices --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelled", ["-chardev serial,id=s,path={}", "-serial {}"])
+def test_a_serial_line_of_the_host(launch: Launch, shared_tmp: Path, spelled: str) -> None:
+    with terminal() as (ours, name):
+        use = ["-device", "isa-serial,chardev=s"] if "-chardev" in spelled else []
+        with plugged(shared_tmp / "vm", launch, *spelled.format(name).split(), *use, machine=PC) as vm:
+            vm.qmp.hmp(f"o /b 0x3f8 {ord('x')}")
+            assert wait_read(ours, 1) == b"x"
+
+
+def test_a_serial_line_is_plugged_in(launch: Launch, shared_tmp: Path) -> None:
+    with terminal() as (_, name), plugged(shared_tmp / "vm", launch) as vm, vm.balanced():  # paused, QEMU would keep the fdset
+        backend = {"type": "serial", "data": {"device": str(name)}}
+        vm.qmp.execute("chardev-add", id="s", backend=backend)
+        assert {"label": "s", "frontend-open": False, "filename": "serial"} in vm.qmp.execute("query-chardev")
+        vm.qmp.execute("chardev-remove", id="s")
+
+
+def wait_read(fd: int, count: int) -> bytes:
+    """Read so many bytes, or as many as come within the time."""
+    data = b""
+    while len(data) < count and select.select([fd], [], [], DEADLINE_S)[0]:
+        data += os.read(fd, count - len(data))
+    return data
+
+
+@pytest.mark.root
+def test_a_source_of_random_numbers_of_roots(launch: Launch, shared_tmp: Path) -> None:
+    options = ["-object", "rng-random,id=r,filename=/dev/hwrng", "-device", "virtio-rng-pci,rng=r"]
+    with plugged(shared_tmp / "vm", launch, *options, machine=PC) as vm, vm.balanced():
+        assert vm.qmp.execute("qom-get", path="/objects/r", property="filename") == "/dev/hwrng"
+        vm.qmp.execute("object-add", qom_type="rng-random", id="r2", filename="/dev/hwrng")
+        vm.qmp.execute("object-del", id="r2")
+
+
+def test_a_tpm_of_swtpm(launch: Launch, shared_tmp: Path) -> None:
+    """Its socket is the caller's alone: connected outside where QEMU's id may not."""
+    state, path = shared_tmp / "tpm", shared_tmp / "tpm.sock"
+    state.mkdir()
+    words = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--ctrl", f"type=unixio,path={path}", "--terminate"]
+    with subprocess.Popen(words) as swtpm:
+        try:
+            wait_until(path.exists, "swtpm's socket")
+            options = ["-chardev", f"socket,id=t,path={path}", "-tpmdev", "emulator,id=tpm,chardev=t"]
+            with plugged(shared_tmp / "vm", launch, *options, "-device", "tpm-tis,tpmdev=tpm", machine=PC) as vm:
+                (found,) = vm.qmp.execute("query-tpm")
+                assert (found["id"], found["model"], found["options"]["type"]) == ("tpm", "tpm-tis", "emulator")
+                assert "0x00011014" in vm.qmp.hmp("xp /1xw 0xfed40f00")  # the vendor, as it says in its registers
+        finally:
+            swtpm.kill()
+
+
+# --- memory -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-mem-path", "{}", "-mem-prealloc"),
+        ("-object", "memory-backend-file,id=m,mem-path={},size=32M,share=on,prealloc=on", "-M", "memory-backend=m"),
+    ],
+    ids=["-mem-path", "-object"],
+)
+def test_memory_in_huge_pages(launch: Launch, shared_tmp: Path, huge: Path, options: tuple[str, ...]) -> None:
+    words = [word.format(huge) for word in options]
+    with plugged(shared_tmp / "vm", launch, *words, machine=PC) as vm, vm.balanced():
+        status = (vm.proc / "status").read_text()
+        assert f"HugetlbPages:\t   {32 * MIB >> 10} kB" in status
+        spare = {"qom-type": "memory-backend-file", "id": "n", "mem-path": str(huge), "size": 4 * MIB, "prealloc": True}
+        vm.qmp.execute("object-add", **spare)
+        vm.qmp.execute("object-del", id="n")
+    wait_until(lambda: not list(huge.iterdir()), "the end of the VM's directory")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("huge", ["everybody's"], indirect=True)
+def test_too_few_huge_pages_name_the_sysctl(launch: Launch, huge: Path) -> None:
+    error, hint = said(launch, "-mem-path", str(huge), "-m", "512")
+    assert error == f"-mem-path {huge}: 256 huge pages of 2048 KiB are needed, and {PAGES} are to be had"
+    assert hint.startswith("sysctl vm.nr_hugepages=256")
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["memory-backend-ram", "memory-backend-memfd", "memory-backend-memfd,share=off", "memory-backend-file,mem-path={}"],
+)
+def test_memory_is_bound_to_a_node(launch: Launch, shared_tmp: Path, backend: str) -> None:
+    place = shared_tmp / "memory"
+    place.mkdir()
+    launch.own(place)
+    words = f"{backend.format(place)},id=m,size=32M,prealloc=on,host-nodes=0,policy=bind"
+    with plugged(shared_tmp / "vm", launch, "-object", words, "-M", "memory-backend=m", machine=PC) as vm:
+        (found,) = vm.qmp.execute("query-memdev")
+        assert (found["policy"], found["host-nodes"]) == ("bind", [0])
+        assert " bind:0 " in (vm.proc / "numa_maps").read_text()
+
+
+@pytest.mark.ordinary
+def test_a_limit_that_is_not_enough_is_named(launch: Launch) -> None:
+    words = ["prlimit", f"--memlock={MIB}:{MIB}", "--", *dropin_words(), *launch.options]
+    status, _, stderr = outcome(words, *PC, "-overcommit", "mem-lock=on")
+    assert status == 1
+    assert stderr.splitlines()[0] == (
+        "qemu-userns: -overcommit mem-lock: RLIMIT_MEMLOCK (soft) is 1024 KiB, and 32768 KiB of memory are to be locked"
+    )
+
+
+# --- threads ------------------------------------------------------------------------------------------------------------
+
+
+def test_cpu_threads_are_pinned_from_outside(launch: Launch, shared_tmp: Path) -> None:
+    """By who started it, and by root: query-cpus-fast tells ids of the host."""
+    with plugged(shared_tmp / "vm", launch, "-smp", "2", machine=PC) as vm:
+        threads = [cpu["thread-id"] for cpu in vm.qmp.execute("query-cpus-fast")]
+        assert len(set(threads)) == 2
+        allowed = os.sched_getaffinity(0)
+        for thread, cpu in zip(threads, sorted(allowed), strict=False):
+            assert Path(f"/proc/{vm.process.pid}/task/{thread}").exists()
+            os.sched_setaffinity(thread, {cpu})
+            assert os.sched_getaffinity(thread) == {cpu}
+            assert os.sched_getscheduler(thread) == os.SCHED_OTHER
+            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+            assert os.sched_getscheduler(thread) == os.SCHED_BATCH
+
+
+def test_threads_that_qemu_pins_itself(launch: Launch, shared_tmp: Path) -> None:
+    objects = ["-object", "thread-context,id=tc,cpu-affinity=0"]
+    memory = "memory-backend-ram,id=m,size=32M,prealloc=on,prealloc-context=tc"
+    with plugged(shared_tmp / "vm", launch, *objects, "-object", memory, "-M", "memory-backend=m", machine=PC) as vm:
+        assert vm.qmp.execute("qom-get", path="/objects/tc", property="cpu-affinity") == [0]
