@@ -2,7 +2,7 @@
 
 import json
 
-from qemu_userns.plan.grants import Connect, Consume, KeepFd, Listen, Monitor, OpenFd, QmpSocket, Reserved
+from qemu_userns.plan.grants import Connect, Consume, KeepFd, Listen, LockLimit, Monitor, OpenFd, QmpSocket, Reserved
 from qemu_userns.plan.plan import NO_HOST
 from qemu_userns.planning import make_plan
 from qemu_userns.request import find_start, read_request, read_settings
@@ -38,6 +38,7 @@ def describe_plan(plan: "Plan") -> "dict[str, list[dict[str, str]]]":
         "gid map": [{"map": f"inside {entry.describe()} outside"} for entry in identity.gid_map],
         "view": host + [_describe(grant) for grant in plan.build_layout()],
         "fds": [_describe(grant) for grant in plan.grants if isinstance(grant, _FD_GRANTS)],
+        "limits": [_describe(grant) for grant in plan.grants if isinstance(grant, LockLimit)],
         "monitors": [_describe_monitor(grant) for grant in plan.grants if isinstance(grant, Monitor | QmpSocket)],
         "taken over": [_describe(grant) for grant in plan.grants if isinstance(grant, Consume)],
         "rewritten": [{"where": r.where, "before": r.before, "after": r.after, "why": r.why} for r in plan.rewrites],

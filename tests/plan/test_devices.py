@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qemu_userns.catalogue.ways import OWN_FDSET_BASE
+from qemu_userns.cli.explain import describe_plan
 from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, MISSING, Account, PagesFact, PathFact
 from qemu_userns.plan.grants import LockLimit, OpenFd, Refuse
 from qemu_userns.plan.refusals import NO_NODE, explain_denied, find_remedy
@@ -290,3 +291,26 @@ def test_a_directory_of_roots_gets_one_of_qemus_for_memory() -> None:
 )
 def test_sizes_are_read_as_qemu_reads_them(size: str, expected: int) -> None:
     assert locks(*VFIO, "-m", size, root=True) == [(expected + 1024) * MIB]
+
+
+# --- explain ------------------------------------------------------------------------------------------------------------
+
+
+def test_explain_shows_each_handover() -> None:
+    device = ("-device", "vhost-vsock-pci,guest-cid=3", "-accel", "kvm")
+    paths = {"/dev/kvm": node("/dev/kvm", may=True)}
+    tables = describe_plan(plan_of(*VFIO, *device, root=True, paths=paths, version=(10, 0), lock_limit=(8 * MIB, -1)))
+    assert tables["limits"] == [{"what": "RLIMIT_MEMLOCK: at least 1179648 KiB", "why": "-device sysfsdev"}]
+    fds = [row["what"].partition(": ")[2] for row in tables["fds"]]
+    assert "/dev/vhost-vsock, read-write, guest CID 3" in fds
+    assert f"/dev/kvm, read-write, in /dev/fdset/{OWN_FDSET_BASE + 1}" in fds
+    assert {"what": "/dev/vfio/01 (character device, a node of QEMU's own)", "why": "-device sysfsdev"} in tables["view"]
+
+
+def test_explain_shows_what_is_missing() -> None:
+    (refused,) = describe_plan(plan_of("-device", "virtio-gpu-pci,blob=on", paths=absent("/dev/udmabuf")))["refused"]
+    assert refused == {
+        "what": "-device blob /dev/udmabuf",
+        "why": NO_NODE,
+        "hint": "load the kernel's module udmabuf: modprobe udmabuf",
+    }
