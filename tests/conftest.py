@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TEST_USER = "qemu-userns-test"  # scripts/setup creates it
+TEST_HOST = "QEMU_USERNS_TEST_HOST"
 KVM = Path("/dev/kvm")
 KVM_GET_API_VERSION = 0xAE00
 KVM_API_VERSION = 12
@@ -146,16 +147,17 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, (description, _) in PROBES.items():
         config.addinivalue_line("markers", f"{name}: needs {description}")
     config.addinivalue_line("markers", "ordinary: not for a root caller")
+    config.addinivalue_line("markers", f"host: needs devices or rights that the test host has, where {TEST_HOST} is set")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is not for this caller: the tests run as root and as an ordinary user."""
-    other = "ordinary" if os.geteuid() == 0 else "root"
-    left_out = [item for item in items if item.get_closest_marker(other)]
+    """Leave out what is not for this caller: the tests run as root and as an ordinary user, some in the test host only."""
+    others = ["ordinary" if os.geteuid() == 0 else "root", *(() if os.environ.get(TEST_HOST) else ("host",))]
+    left_out = [item for item in items if any(map(item.get_closest_marker, others))]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker(other)]
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,0 +1,200 @@
+"""Devices and rights that few machines have, in the test host: its kernel has vhost-vsock, and its root may raise limits."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from integration.plugged import plugged
+from integration.shares import Launch, dropin_words
+from integration.talk import outcome, wait_until
+from integration.vm import running_guest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin, pytest.mark.host]
+
+PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "32", "-S"]
+CID = 4021
+PORT = 5005
+SPARE_NIC = "0x10d3"  # e1000e
+LIBC = ctypes.CDLL(None, use_errno=True)
+PR_SCHED_CORE, PR_SCHED_CORE_GET, PR_SCHED_CORE_CREATE, SCOPE_THREAD = 62, 0, 1, 0
+
+
+# --- vhost-vsock --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vsock() -> None:
+    """Have the devices that may be opened as a real host has them: of group kvm, which the test user is in."""
+    if os.geteuid() == 0:
+        subprocess.run(["modprobe", "vhost_vsock"], check=True)
+    assert os.access("/dev/vhost-vsock", os.R_OK | os.W_OK)
+
+
+@pytest.mark.usefixtures("vsock")
+def test_a_guests_number_is_nobody_elses(launch: Launch, shared_tmp: Path) -> None:
+    device = f"vhost-vsock-pci,guest-cid={CID}"
+    with plugged(shared_tmp / "first", launch, "-device", device, machine=PC) as vm:
+        assert "/dev/vhost-vsock" in {os.readlink(fd) for fd in (vm.proc / "fd").iterdir()}
+        status, _, stderr = outcome([*dropin_words(), *launch.options], *PC, "-device", device)
+        assert status == 1
+        assert stderr.splitlines()[0] == (f"qemu-userns: -device vhost-vsock-pci guest-cid={CID}: another VM has this number")
+        with plugged(shared_tmp / "second", launch, machine=PC) as other, other.balanced():
+            desc = other.qmp.refused("device_add", driver="vhost-vsock-pci", id="v", guest_cid=CID)
+            assert desc.startswith(f"device_add vhost-vsock-pci guest-cid={CID}: another VM has this number")
+            other.qmp.execute("device_add", driver="vhost-vsock-pci", id="v", guest_cid=CID + 1, bus="pci.0")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("vsock")
+def test_a_guest_talks_over_vsock(launch: Launch, shared_tmp: Path) -> None:
+    device = ["-device", f"vhost-vsock-pci,guest-cid={CID}"]
+    with running_guest([*dropin_words(), *launch.options], tmp=shared_tmp, extra=device, timeout_s=300) as guest:
+        guest.check("modprobe vmw_vsock_virtio_transport")
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as connection, pytest.raises(ConnectionResetError):
+            connection.connect((CID, PORT))  # nobody listens; without a guest that says so it would be ENODEV or ETIMEDOUT
+
+
+# --- locked memory ------------------------------------------------------------------------------------------------------
+
+
+def locked_kib(proc: Path) -> int:
+    return int((proc / "status").read_text().split("VmLck:")[1].split()[0])
+
+
+@pytest.mark.root
+def test_all_memory_is_locked_for_root(launch: Launch, shared_tmp: Path) -> None:
+    with plugged(shared_tmp / "vm", launch, "-overcommit", "mem-lock=on", machine=PC) as vm:
+        assert locked_kib(vm.proc) > 32 * 1024
+        assert (vm.proc / "limits").read_text().split("Max locked memory")[1].split()[:2] == ["unlimited", "unlimited"]
+
+
+@pytest.mark.root
+def test_all_memory_is_locked_for_a_user_whose_limit_is_enough(unprivileged_user: str, shared_tmp: Path) -> None:
+    """The limit is kept as it is."""
+    qmp = shared_tmp / "qmp"
+    shared_tmp.chmod(0o777)
+    words = [
+        *(
+            "prlimit",
+            f"--memlock={1 << 30}:{2 << 30}",
+            "--",
+            "setpriv",
+            "--reuid",
+            unprivileged_user,
+            "--regid",
+            unprivileged_user,
+        ),
+        *("--init-groups", "--", "env", f"HOME=/home/{unprivileged_user}", *dropin_words(), *PC),
+        *("-overcommit", "mem-lock=on", "-qmp", f"unix:{qmp},server=on,wait=off"),
+    ]
+    with subprocess.Popen(words) as process:
+        try:
+            wait_until(qmp.exists, "QEMU's monitor")
+            proc = Path(f"/proc/{process.pid}")
+            wait_until(lambda: locked_kib(proc) > 32 * 1024, "the locked memory")
+            limits = (proc / "limits").read_text().split("Max locked memory")[1].split()[:2]
+            assert limits == [str(1 << 30), str(2 << 30)]
+        finally:
+            process.terminate()
+
+
+# --- vfio ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spare_nic() -> Iterator[str]:
+    """Give the test host's second nic, which is behind its iommu, to vfio-pci; return its address."""
+    subprocess.run(["modprobe", "vfio-pci"], check=True)
+    nics = [path for path in Path("/sys/bus/pci/devices").iterdir() if (path / "device").read_text().strip() == SPARE_NIC]
+    assert nics, "the test host has no e1000e"
+    nic = nics[0]
+    assert (nic / "iommu_group").exists(), "the test host has no iommu"
+    (nic / "driver_override").write_text("vfio-pci")
+    if (nic / "driver").exists():
+        (nic / "driver/unbind").write_text(nic.name)
+    Path("/sys/bus/pci/drivers_probe").write_text(nic.name)
+    group = Path("/dev/vfio", (nic / "iommu_group").resolve().name)
+    wait_until(group.exists, "the group's node")
+    yield nic.name
+    (nic / "driver/unbind").write_text(nic.name)
+    (nic / "driver_override").write_text("\n")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", ["host", "sysfsdev"])
+def test_a_pci_device_is_given_to_a_guest(launch: Launch, shared_tmp: Path, spare_nic: str, name: str) -> None:
+    value = spare_nic if name == "host" else f"/sys/bus/pci/devices/{spare_nic}"
+    with plugged(shared_tmp / "vm", launch, "-device", f"vfio-pci,{name}={value},id=v", machine=PC) as vm:
+        assert "vfio-pci" in vm.qmp.hmp("info qtree")
+        assert int((vm.proc / "limits").read_text().split("Max locked memory")[1].split()[0]) >= 1056 << 20
+        assert any(os.readlink(fd).startswith("anon_inode:[vfio-device]") for fd in (vm.proc / "fd").iterdir())
+
+
+@pytest.mark.root
+def test_a_pci_device_is_plugged_in(launch: Launch, shared_tmp: Path, spare_nic: str) -> None:
+    with plugged(shared_tmp / "vm", launch, machine=PC) as vm:
+        vm.qmp.execute("device_add", driver="vfio-pci", id="v", host=spare_nic)
+        assert any(os.readlink(fd).startswith("anon_inode:[vfio-device]") for fd in (vm.proc / "fd").iterdir())
+        assert int((vm.proc / "limits").read_text().split("Max locked memory")[1].split()[0]) >= 1056 << 20
+
+
+# --- block and SCSI devices ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scsi_disk() -> Iterator[tuple[Path, Path]]:
+    """Have a disk that the kernel makes up; return its block and its generic node, which are root's alone."""
+    subprocess.run(["modprobe", "scsi_debug", "dev_size_mb=8"], check=True)
+    subprocess.run(["modprobe", "sg"], check=True)
+    try:
+        folder = next(Path("/sys/bus/pseudo/drivers/scsi_debug").glob("adapter*/host*/target*/*:*/block")).parent
+        names = [next((folder / kind).iterdir()).name for kind in ("block", "scsi_generic")]
+        nodes = [Path("/dev", name) for name in names]
+        for node in nodes:
+            wait_until(node.exists, f"{node}")
+            node.chmod(0o600)
+        yield nodes[0], nodes[1]
+    finally:
+        subprocess.run(["rmmod", "scsi_debug"], check=True)
+
+
+@pytest.mark.root
+def test_a_scsi_device_is_passed_through(launch: Launch, shared_tmp: Path, scsi_disk: tuple[Path, Path]) -> None:
+    """QEMU asks it by SG_IO who it is."""
+    block, generic = scsi_disk
+    options = [
+        *("-device", "virtio-scsi-pci,id=scsi"),
+        *("-drive", f"file={generic},if=none,id=g", "-device", "scsi-generic,drive=g,bus=scsi.0"),
+    ]
+    with plugged(shared_tmp / "generic", launch, *options, machine=PC) as vm:
+        assert "scsi-generic" in vm.qmp.hmp("info qtree")
+    options[-3:] = [f"file={block},format=raw,if=none,id=g", "-device", "scsi-block,drive=g,bus=scsi.0"]
+    with plugged(shared_tmp / "block", launch, *options, machine=PC) as vm:
+        assert "scsi-block" in vm.qmp.hmp("info qtree")
+
+
+# --- threads ------------------------------------------------------------------------------------------------------------
+
+
+def test_cpu_threads_share_no_core_with_others(launch: Launch, shared_tmp: Path) -> None:
+    """Core scheduling, by who started QEMU: prctl(2), PR_SCHED_CORE."""
+    with plugged(shared_tmp / "vm", launch, "-smp", "2", machine=PC) as vm:
+        for cpu in vm.qmp.execute("query-cpus-fast"):
+            cookie = ctypes.c_ulonglong(0)
+            created = LIBC.prctl(PR_SCHED_CORE, PR_SCHED_CORE_CREATE, cpu["thread-id"], SCOPE_THREAD, None)
+            error = ctypes.get_errno()
+            if created != 0 and error in (22, 19):  # EINVAL, ENODEV: no such kernel, or no core that has two threads
+                pytest.skip(f"core scheduling: {os.strerror(error)}")
+            assert created == 0, os.strerror(error)
+            assert LIBC.prctl(PR_SCHED_CORE, PR_SCHED_CORE_GET, cpu["thread-id"], SCOPE_THREAD, ctypes.byref(cookie)) == 0
+            assert cookie.value != 0
