@@ -38,6 +38,7 @@ from qemu_userns.plan.grants import (
     Create,
     CreateDir,
     Grant,
+    Helper,
     KeepFd,
     Link,
     Listen,
@@ -49,6 +50,7 @@ from qemu_userns.plan.grants import (
     QmpSocket,
     Refuse,
     Reserved,
+    Tap,
 )
 from qemu_userns.plan.identity import DIRECT, NEWIDMAP, Identity, MapEntry
 
@@ -69,6 +71,8 @@ KINDS = {
     "ptmx": (CHARACTER, stat.S_IFCHR | 0o666),
     "block": (BLOCK, stat.S_IFBLK | 0o660),
     "fifo": (FIFO, stat.S_IFIFO | 0o644),
+    "tun": (CHARACTER, stat.S_IFCHR | 0o666),
+    "qemu-bridge-helper": (REGULAR, stat.S_IFREG | 0o755),
     "vhost": (CHARACTER, stat.S_IFCHR | 0o660),
     "iommu": (CHARACTER, stat.S_IFCHR | 0o660),
     **dict.fromkeys(("sev", "sgx", "udmabuf", "renderD"), (CHARACTER, stat.S_IFCHR | 432)),
@@ -147,13 +151,23 @@ def make_facts(
     environ: Mapping[str, str] | None = None,
     landlock_abi: int = 6,
     lock_limit: tuple[int, int] = (-1, -1),
+    refused_taps: tuple[tuple[str, str], ...] = (),
 ) -> HostFacts:
     """Return a made-up host that has nothing that every view would show."""
     account = Account("root", 0, 0, (0,)) if root else Account("user", UID, UID, (UID,))
     caller = Caller(account, root, CWD, 0o022, 1024, frozenset((0, 1, 2, *fds)))
     base = tuple(PathFact(entry.path, entry.path, ABSENT) for entry in BASE)
     paths = MadeUpPaths(root)
-    return HostFacts(caller, paths, images or {}, base, environ or {}, landlock_abi=landlock_abi, lock_limit=lock_limit)
+    return HostFacts(
+        caller,
+        paths,
+        images or {},
+        base,
+        environ or {},
+        landlock_abi=landlock_abi,
+        lock_limit=lock_limit,
+        refused_taps=refused_taps,
+    )
 
 
 def plan_of(
@@ -169,12 +183,13 @@ def plan_of(
     paths: Mapping[str, PathFact] | None = None,
     lock_limit: tuple[int, int] = (-1, -1),
     version: tuple[int, ...] = (7, 2, 22),
+    refused_taps: tuple[tuple[str, str], ...] = (),
 ) -> Plan:
     """Plan a command line for an unprivileged caller, or for root with leased ids; `paths` are those not as their names say."""
     commandline = read(*words, configs=configs)
     needs = find_needs(commandline)
     program = Program("/usr/bin/file-qemu", version, seccomp, ())
-    facts = make_facts(root, fds, images, environ, landlock_abi, lock_limit)
+    facts = make_facts(root, fds, images, environ, landlock_abi, lock_limit, refused_taps)
     facts = facts.replace(paths=MadeUpPaths(root, paths), stand_ins=MadeUpStandIns())
     return build_plan("qemu", commandline, needs, facts, LEASED if root else USER, program, settings or Settings(), leased=root)
 
@@ -183,6 +198,12 @@ def asked_for(plan: Plan) -> list[str]:
     """Return in short what a plan grants beyond what every plan does."""
     always = set(plan_of(root=plan.identity is LEASED).grants)
     return [brief(grant) for grant in plan.grants if grant not in always and not isinstance(grant, Reserved)]
+
+
+def scripts_of(grant: Tap) -> tuple[str, ...]:
+    """Return what is not as by default."""
+    default = (grant.script, grant.downscript, grant.vnet_hdr) == ("/etc/qemu-ifup", "/etc/qemu-ifdown", None)
+    return () if default else (grant.script or "no", grant.downscript or "no", str(grant.vnet_hdr))
 
 
 def brief(grant: Grant) -> str:
@@ -209,6 +230,10 @@ def brief(grant: Grant) -> str:
             return f"open {grant.path} {('r', 'w', 'rw')[grant.flags & 3]}" + ("" if grant.fdset else " alone")
         case LockLimit():
             return "lock " + ("all" if grant.limit_bytes is None else f"{grant.limit_bytes >> 20} MiB")
+        case Tap():
+            return " ".join(word for word in (f"tap {grant.name or 'any'} x{len(grant.numbers)}", *scripts_of(grant)) if word)
+        case Helper():
+            return " ".join(grant.argv)
         case Consume():
             return "consume"
         case Refuse():

@@ -64,6 +64,20 @@ def _with_buses(name: str) -> "tuple[str, ...]":
     return tuple(f"{name}-{bus}" for bus in ("pci", "pci-non-transitional", "pci-transitional", "ccw", "device"))
 
 
+def _taps(kind: str) -> "tuple[Row, ...]":
+    """Make the rows of taps, which QEMU opens unless fds are given; conditions are as in net/tap.c."""
+    tap = (("type", ("tap",)), ("fd", ("",)), ("fds", ("",)))
+    vhost = (("type", ("tap",)), ("vhostfd", ("",)), ("vhostfds", ("",)))
+    helper, node = "/usr/lib/qemu/qemu-bridge-helper", "/dev/vhost-net"
+    return (
+        Row(kind, "type", ways.TAP, (*tap, ("helper", ("",))), node="/dev/net/tun"),
+        Row(kind, "type", ways.BRIDGE, tap, node=helper),
+        Row(kind, "type", ways.BRIDGE, (("type", ("bridge",)),), node=helper),
+        Row(kind, "vhost", ways.VHOST, (*vhost, ("vhost", ("on",))), node=node),
+        Row(kind, "vhostforce", ways.VHOST, (*vhost, ("vhost", ("",)), ("vhostforce", ("on",))), node=node),
+    )
+
+
 # Those that make dma-bufs of the guest's memory by themselves: the others leave it to virgl.
 _GPUS = ("virtio-gpu-pci", "virtio-gpu-device", "virtio-gpu-ccw", "virtio-vga")
 _VFIO_PCI = ("vfio-pci", "vfio-pci-nohotplug")
@@ -178,6 +192,7 @@ ROWS: "tuple[Row, ...]" = (
     Row("virtfs", "fsdriver", ways.STAND_IN, (("fsdriver", ("proxy",)),)),
     Row("device", "rootdir", ways.WRITE_DIRECTORY),
     # Networks
+    *(row for kind in ("netdev", "nic", "net") for row in _taps(kind)),
     Row("netdev", "smb", ways.WRITE_DIRECTORY),
     Row("netdev", "tftp", ways.DIRECTORY),
     Row("nic", "smb", ways.WRITE_DIRECTORY),

@@ -9,6 +9,7 @@ import time
 from qemu_userns.cli.vms import Vm, find_vm, is_supervised, read_vms
 from qemu_userns.errors import HostError, UsageError
 from qemu_userns.supervisor import registry
+from qemu_userns.supervisor.process import STANDARD_PATH
 
 _SCRIPT = os.path.join(os.path.dirname(os.path.abspath(registry.__file__)), "main.py")
 _END_TIMEOUT_S = 5
@@ -54,7 +55,7 @@ def _start_supervisor(vm: Vm) -> bytes:
             stderr=subprocess.DEVNULL,
             pass_fds=[theirs],
             cwd="/",
-            env={"PATH": os.defpath},
+            env={"PATH": STANDARD_PATH},
             start_new_session=True,
         )
     finally:

@@ -2,7 +2,19 @@
 
 import json
 
-from qemu_userns.plan.grants import Connect, Consume, KeepFd, Listen, LockLimit, Monitor, OpenFd, QmpSocket, Reserved
+from qemu_userns.plan.grants import (
+    Connect,
+    Consume,
+    Helper,
+    KeepFd,
+    Listen,
+    LockLimit,
+    Monitor,
+    OpenFd,
+    QmpSocket,
+    Reserved,
+    Tap,
+)
 from qemu_userns.plan.plan import NO_HOST
 from qemu_userns.planning import make_plan
 from qemu_userns.request import find_start, read_request, read_settings
@@ -13,7 +25,7 @@ if TYPE_CHECKING:
     from qemu_userns.plan.plan import Confinement, Plan
     from qemu_userns.request import Request
 
-_FD_GRANTS = (KeepFd, OpenFd, Listen, Connect, Reserved)
+_FD_GRANTS = (KeepFd, OpenFd, Tap, Helper, Listen, Connect, Reserved)
 _CAPABILITIES = {0: "chown", 1: "dac_override", 3: "fowner", 4: "fsetid"}
 _SCOPES = {1: "abstract sockets", 2: "signals"}
 

@@ -34,6 +34,7 @@ _GROUPS = (
     ("qemu_userns.host.stand_ins",),
     ("qemu_userns.host.images",),
     ("qemu_userns.host.sockets",),
+    ("qemu_userns.plan.taps", "qemu_userns.host.taps"),
     ("qemu_userns.host.memory", "qemu_userns.plan.memory"),
     ("qemu_userns.host.vfio", "qemu_userns.plan.vfio"),
     ("qemu_userns.plan.refusals",),

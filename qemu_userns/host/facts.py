@@ -31,7 +31,7 @@ _LOCKING = (ways.LOCK, ways.VFIO)
 
 
 def look_at_host(
-    needs: "Iterable[Need]",
+    needs: "Sequence[Need]",
     objects: "Sequence[Object]",
     caller: "Caller",
     identity: "Identity",
@@ -79,13 +79,14 @@ def look_at_host(
                     look(image.path)
     for path in (program, PTMX, KVM, *extra, *_temporary(environ)):
         look(path)
+    refused_taps = _find_refused_taps([need.obj.get("ifname") or "" for need in needs if need.way == ways.TAP], caller)
     base = tuple(walker.look(entry.path, to_write=False) for entry in BASE)
     limit = (-1, -1)
     if locks:
         from qemu_userns.host.memory import find_lock_limit
 
         limit = find_lock_limit()
-    return HostFacts(caller, paths, images, base, environ, probe_landlock(), knows_machine(), limit)
+    return HostFacts(caller, paths, images, base, environ, probe_landlock(), refused_taps, knows_machine(), limit)
 
 
 def _candidates(need: "Need") -> "tuple[str, ...]":
@@ -94,6 +95,10 @@ def _candidates(need: "Need") -> "tuple[str, ...]":
         return (f"{need.path}.in", f"{need.path}.out", need.path)
     if need.way in (ways.MADE, ways.SOCKET, ways.LISTEN, ways.WRITE):
         return (directory_of(need.path), need.path)
+    if need.way == ways.BRIDGE:
+        from qemu_userns.plan.taps import HELPERS
+
+        return HELPERS
     if need.way == ways.READ_MODULES:
         return (*(module.partition(" ")[0] for module in need.path.split(",")), need.path)
     if need.way == ways.RENDER:
@@ -135,6 +140,15 @@ def _find_sys_directory(node: str) -> "tuple[str, ...]":
     except OSError:
         return ()
     return (find_sys_directory(found.st_rdev),) if stat.S_ISCHR(found.st_mode) else ()
+
+
+def _find_refused_taps(names: "Sequence[str]", caller: "Caller") -> "tuple[tuple[str, str], ...]":
+    """Return which taps the caller may not open, and why."""
+    if not names:
+        return ()
+    from qemu_userns.host.taps import find_refused
+
+    return find_refused(names, caller)
 
 
 def _temporary(environ: "Mapping[str, str]") -> "tuple[str, ...]":

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _DEEPEST = 40
 _PIDFILE_MAX_BYTES = 32
+_SCRIPT = "script"  # the first word of an encoded Downscript; interfaces have no blanks in their names
 STALE = (0, 0)  # Leftover.inode of a socket that is about to be made: a socket that nobody listens on, whichever it is
 
 
@@ -26,13 +27,25 @@ class Leftover(Record):
     temporary: bool  # goes at QEMU's end, not only when the launch fails
 
 
-def encode(item: Leftover) -> str:
+class Downscript(Record):
+    """A script to run once QEMU has let go of a tap: it takes back what another one did when that was opened."""
+
+    path: str  # absolute
+    interface: str
+
+
+def encode(item: "Leftover | Downscript") -> str:
     """Return one as a line without NUL, for another process."""
+    if isinstance(item, Downscript):
+        return f"{_SCRIPT} {item.interface} {item.path}"
     return f"{item.inode[0]} {item.inode[1]} {'temporary' if item.temporary else 'kept'} {item.path}"
 
 
-def decode(text: str) -> Leftover:
+def decode(text: str) -> "Leftover | Downscript":
     """Return what `encode` wrote."""
+    if text.startswith(f"{_SCRIPT} "):
+        _, interface, path = text.split(" ", 2)
+        return Downscript(path, interface)
     device, inode, fate, path = text.split(" ", 3)
     return Leftover(path, (int(device), int(inode)), fate == "temporary")
 

@@ -8,7 +8,7 @@ import sys
 
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.idmap import map_mount
-from qemu_userns.host.leftovers import STALE, Leftover, remove
+from qemu_userns.host.leftovers import STALE, Downscript, Leftover, remove
 from qemu_userns.host.paths import find_fd
 from qemu_userns.host.realpath import Parent, check_inode, open_real
 from qemu_userns.linux import mount
@@ -18,6 +18,7 @@ from qemu_userns.plan.grants import (
     Create,
     CreateDir,
     Grant,
+    Helper,
     KeepFd,
     Listen,
     LockLimit,
@@ -27,6 +28,7 @@ from qemu_userns.plan.grants import (
     QmpSocket,
     Reserved,
     Run,
+    Tap,
 )
 
 TYPE_CHECKING = False
@@ -43,12 +45,13 @@ _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
 class Opened:
     """What is open for a launch."""
 
-    def __init__(self, layout: "tuple[Placed, ...]", tell: "Callable[[Leftover], None]") -> None:
+    def __init__(self, layout: "tuple[Placed, ...]", tell: "Callable[..., None]") -> None:
         """Start with nothing.
 
         Args:
             layout: what is to be placed in the view.
-            tell: told of each file that is created.
+            tell: told of each file that is created; and of each script to run at the end, with an fd that has to stay open
+                until then, which is borrowed.
         """
         self.layout = layout
         self.sources: "dict[str, int]" = {}  # owned fds of detached mounts made outside, by path in the view
@@ -58,6 +61,7 @@ class Opened:
         self.passed: "list[int]" = []  # numbers of fds that QEMU gets
         self.served: "list[int]" = []  # owned fds for the supervisor: public end and way in of each Monitor, QmpSockets
         self.leftovers: "list[Leftover]" = []
+        self.downscripts: "list[Downscript]" = []
         self._tell = tell
 
     def created(self, path: str, status: os.stat_result, temporary: bool) -> None:
@@ -73,6 +77,11 @@ class Opened:
         self.leftovers.append(leftover)
         self._tell(leftover)
 
+    def run_at_end(self, script: Downscript, fd: int) -> None:
+        """Note a script, which needs that an fd stays open until it has run; the fd is borrowed."""
+        self.downscripts.append(script)
+        self._tell(script, fd)
+
     def take(self, fd: int, number: int) -> None:
         """Pass an fd to QEMU under the number that the plan gave it; take ownership."""
         os.dup2(fd, number, inheritable=False)
@@ -86,7 +95,7 @@ class Opened:
         raise_lock_limit(0, limit_bytes)
 
     def undo(self) -> None:
-        """Remove the files that were created; fds go with the process."""
+        """Remove the files that were created; fds go with the process, and the scripts are run by who was told of them."""
         remove(self.leftovers)
 
 
@@ -188,6 +197,10 @@ def _open(grant: Grant, identity: "Identity", lease_fd: "int | None", opened: Op
             from qemu_userns.host.programs import open_program
 
             opened.take(open_program(grant.argv), grant.number)
+        case Tap() | Helper():
+            from qemu_userns.host.taps import open_tap
+
+            open_tap(grant, opened)
         case Listen() | Connect() | Monitor() | QmpSocket():
             from qemu_userns.host.sockets import open_socket
 

@@ -30,7 +30,7 @@ _SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1, 2
 # On ABI 1 (Linux 5.13 to 5.18) every rename between directories is refused, which breaks 9p shares.
 _LOWEST_LANDLOCK_ABI = 2
 _DISPLAYS_WITH_SOCKETS = ("gtk", "sdl", "dbus", "spice-app")
-_SPAWNING_NETDEVS = ("tap", "bridge", "passt")
+_SPAWNING_NETDEVS = ("passt",)  # a tap's scripts and helper run outside
 _SPAWNING_OPTIONS = frozenset(("daemonize", "async-teardown"))
 
 
@@ -127,7 +127,8 @@ def _reserve_fds(draft: Draft, leased: bool) -> None:
     if leased:
         draft.add(Reserved("the lease of QEMU's ids ends when its last process does", "lease", draft.next_fd()))
     stays = (CreateDir, Listen, Monitor, QmpSocket)
-    if any(isinstance(grant, stays) or getattr(grant, "temporary", False) for grant in draft.grants):
+    fates = ("temporary", "downscript")
+    if any(isinstance(grant, stays) or any(getattr(grant, fate, False) for fate in fates) for grant in draft.grants):
         draft.add(Reserved("its end tells the supervisor that QEMU has ended", "supervisor", draft.next_fd()))
 
 

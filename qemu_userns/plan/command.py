@@ -15,7 +15,7 @@ from qemu_userns.cmdline.source import Edit, append, apply_edits, remove, replac
 from qemu_userns.errors import CommandLineError
 from qemu_userns.plan.draft import Draft
 from qemu_userns.plan.facts import MISSING
-from qemu_userns.plan.grants import Connect, Listen, OpenFd, Run
+from qemu_userns.plan.grants import Connect, Helper, Listen, OpenFd, Run, Tap
 from qemu_userns.plan.handover import hand_over
 from qemu_userns.plan.plan import NO_HOST, Granted
 
@@ -54,18 +54,20 @@ class CommandPlan(Granted):
         return tuple((grant.fdset, grant.number, grant.given) for grant in opened if grant.fdset is not None)
 
     def find_names(self) -> "tuple[tuple[str, int], ...]":
-        """Return getfd name and number of the fd of each socket and device that is passed."""
-        sockets = (Connect, Listen, Run)
-        numbers = [
-            grant.number
-            for grant in self.grants
-            if isinstance(grant, sockets) or (isinstance(grant, OpenFd) and grant.fdset is None)
-        ]
+        """Return getfd name and number of the fd of each socket, device and tap's queue that is passed."""
+        numbers: "list[int]" = []
+        for grant in self.grants:
+            if isinstance(grant, Tap):
+                numbers += grant.numbers
+            elif isinstance(grant, Connect | Listen | Run | Helper) or (isinstance(grant, OpenFd) and grant.fdset is None):
+                numbers.append(grant.number)
         return tuple((_name(self.first_number, number), number) for number in numbers)
 
 
 class CommandDraft(Draft):
     """The draft of a command: fds are numbered from 0, in the order in which they are opened."""
+
+    most_queues = 64  # two fds for each fit into one message of a worker's
 
     def __init__(
         self, text: str, objects: "Sequence[Object]", facts: "HostFacts", identity: "Identity", first_number: int
@@ -104,6 +106,10 @@ class CommandDraft(Draft):
     def pass_file(self, grant: OpenFd) -> None:
         """Add a file to its fdset."""
         self.add(grant)
+
+    def name_fd(self, number: int) -> str:
+        """Return the getfd name of an fd."""
+        return _name(self._first_number, number)
 
     def pass_node(self, need: "Need", grant: OpenFd) -> bool:
         """Name the fd by its name, for which HMP has no place (contracts/qemu.md 2.2)."""

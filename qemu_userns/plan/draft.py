@@ -29,6 +29,8 @@ LOWEST_OWN_FD = 300  # fds that the plan adds are numbered from here, out of the
 class Draft:
     """Grants, edits and words so far, and the facts that they are decided from."""
 
+    most_queues = 256  # of a tap: the kernel's limit
+
     def __init__(
         self,
         objects: "Sequence[Object]",
@@ -127,6 +129,23 @@ class Draft:
         """Add a file to its fdset."""
         self.add(grant)
         self.words += ("-add-fd", f"fd={grant.number},set={grant.fdset},opaque={grant.given.replace(',', ',,')}")
+
+    def name_fd(self, number: int) -> str:
+        """Return how QEMU is told of an fd."""
+        return str(number)
+
+    def give_fds(self, obj: "Object", key: str, numbers: "Sequence[int]", gone: "Sequence[str]", why: str) -> None:
+        """Name fds that are opened outside.
+
+        Args:
+            obj: which takes them.
+            key: the member that names them.
+            numbers: of the fds.
+            gone: members that QEMU refuses beside them.
+            why: for `explain`.
+        """
+        self.edits += (remove(obj, member, why) for name in gone for member in obj.find_all(name))
+        self.edits.append(append(obj, key, ":".join(map(self.name_fd, numbers)), why))
 
     def pass_node(self, need: "Need", grant: "OpenFd") -> bool:
         """Name the fd of a device node that is opened outside; return whether there is a place for it."""

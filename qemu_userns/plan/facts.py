@@ -121,6 +121,7 @@ class HostFacts(Record):
     base: "tuple[PathFact, ...]"  # what every view holds, where it exists
     environment: "Mapping[str, str]"
     landlock_abi: int = 0  # 0: the kernel has none
+    refused_taps: "tuple[tuple[str, str], ...]" = ()  # by name, "" for a new one: why the caller may not open it
     call_filter: bool = False  # whether a seccomp filter can be built for this machine
     # RLIMIT_MEMLOCK: soft, and how high it may be set; -1 for none (looked up where memory is locked)
     lock_limit: "tuple[int, int]" = (-1, -1)

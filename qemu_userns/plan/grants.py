@@ -10,6 +10,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qemu_userns.plan.identity import MountMap
 
+HELPER_FD = 3  # of qemu-bridge-helper: a socket
+
 READ = 4
 WRITE = 2
 SEARCH = 1
@@ -196,6 +198,38 @@ class LockLimit(Grant):
         """Say how much."""
         much = "without limit" if self.limit_bytes is None else f"at least {self.limit_bytes >> 10} KiB"
         return f"RLIMIT_MEMLOCK: {much}"
+
+
+class Tap(Grant):
+    """A tap opened outside, one fd for each queue; passed by number, or by name."""
+
+    name: str  # "": the kernel chooses it, and it is gone with its last fd
+    numbers: "tuple[int, ...]"
+    vnet_hdr: "bool | None"  # None: if the kernel has it
+    script: str = ""  # absolute; run outside once the tap is open, "" for none
+    downscript: str = ""  # absolute; run outside when QEMU has ended, or has let go of the tap
+
+    def describe(self) -> str:
+        """Say which tap, and what runs for it."""
+        queues = f", {len(self.numbers)} queues" if len(self.numbers) > 1 else ""
+        script = f", {self.script} run outside" if self.script else ""
+        downscript = f", {self.downscript} run outside at its end" if self.downscript else ""
+        return f"{_describe_fds(self.numbers)}: tap {self.name or 'that the kernel names'}{queues}{script}{downscript}"
+
+
+class Helper(Grant):
+    """A tap that qemu-bridge-helper opens, run outside; passed by number, or by name."""
+
+    argv: "tuple[str, ...]"  # HELPER_FD is where it hands the tap back
+    number: int
+
+    def describe(self) -> str:
+        """Say what runs."""
+        return f"fd {self.number}: the tap that {' '.join(self.argv)} opens, run outside"
+
+
+def _describe_fds(numbers: "tuple[int, ...]") -> str:
+    return f"fd{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 class Consume(Grant):

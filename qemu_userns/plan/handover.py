@@ -310,6 +310,12 @@ def _config(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     draft.check(need, draft.path(need.path), READ)
 
 
+def _network(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    from qemu_userns.plan import taps  # only those launches need it that have a tap
+
+    taps.hand_over(draft, need)
+
+
 def _consume(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Take an option out."""
     draft.add(Consume(need.describe(), need.row.reason))
@@ -343,6 +349,9 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.PIPE: _pipe,
     ways.DEVICE: devices.show_node,
     ways.OPEN: devices.open_node,
+    ways.TAP: _network,
+    ways.BRIDGE: _network,
+    ways.VHOST: _network,
     ways.USB: devices.show_usb,
     ways.RENDER: devices.show_render_node,
     ways.VFIO: devices.show_vfio,

@@ -102,6 +102,8 @@ class Prepared(Record):
     """(name, fd): for getfd."""
     handed: int = 0
     """The supervisor's number for all of it, for `Release` and `Keep`; 0 is none."""
+    twin: bool = False
+    """The text is a QMP command in place of an HMP one: the reply is to be said as HMP says it."""
 
 
 class Refused(Record):

@@ -248,12 +248,19 @@ def hand_over(shared: "Shared", opening: "Opening", prepared: "Prepared") -> "Jo
                 # Written down before the client knows, so that a supervisor that is killed then has forgotten nothing.
                 shared.handed = 0
                 shared.keep(owner, prepared)
-            shared.tell(client, reply.line)
+            shared.tell(client, _say_as_hmp(shared, opening, reply) if prepared.twin else reply.line)
             if owner is None:
                 yield from _undo(shared, prepared, done, failed=False)
             return
-        shared.tell(client, restore_names(reply.line, opening.renamed))
+        line = _say_as_hmp(shared, opening, reply) if prepared.twin else reply.line
+        shared.tell(client, restore_names(line, opening.renamed))
     yield from _undo(shared, prepared, done, failed=True)
+
+
+def _say_as_hmp(shared: "Shared", opening: "Opening", reply: "Reply") -> bytes:
+    """Return the reply to a QMP command as the one to its HMP twin, which prints nothing, or what went wrong."""
+    desc = get_dict(reply.value, "error").get("desc")
+    return build_return("" if reply.kind == "return" else f"Error: {desc}\r\n", opening.command.id, shared.pretty)
 
 
 def _undo(shared: "Shared", prepared: "Prepared", done: int, failed: bool) -> "Job":

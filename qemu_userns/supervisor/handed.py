@@ -1,6 +1,6 @@
 """What one command got from the host."""
 
-from qemu_userns.host.leftovers import Leftover
+from qemu_userns.host.leftovers import Downscript, Leftover
 from qemu_userns.plan import grants
 from qemu_userns.record import Record
 from qemu_userns.sandbox.places import Shown
@@ -17,6 +17,7 @@ class Handed(Record):
     shown: "tuple[Shown, ...]"  # the same, as it is told from others
     created: "tuple[Leftover, ...]"  # files and sockets that were made
     reused: "tuple[int, ...]"  # numbers of the commands whose places it uses too
+    downscripts: "tuple[Downscript, ...]" = ()  # to run when it is taken back
 
 
 class Held(Record):
@@ -29,5 +30,5 @@ class Held(Record):
     handed: Handed
 
 
-_RECORDS = (Held, Handed, Leftover, Shown, *grants.Grant.__subclasses__())
+_RECORDS = (Held, Handed, Leftover, Downscript, Shown, *grants.Grant.__subclasses__())
 CLASSES: "dict[str, type[Record]]" = {cls.__name__: cls for cls in _RECORDS}

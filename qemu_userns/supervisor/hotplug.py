@@ -6,7 +6,8 @@ Runs in a child of the supervisor, whose ids and namespaces it changes; nothing 
 import fcntl
 import os
 
-from qemu_userns.catalogue.commands import find_command_needs, read_command
+from qemu_userns.catalogue.commands import HMP, find_command_needs, read_command
+from qemu_userns.catalogue.twins import NETDEV_ADD, find_twin
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.facts import look_at_host
 from qemu_userns.host.leftovers import remove
@@ -23,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qemu_userns.host.leftovers import Leftover
+    from qemu_userns.host.leftovers import Downscript, Leftover
     from qemu_userns.plan.command import CommandPlan
     from qemu_userns.plan.layout import Placed
     from qemu_userns.record import Plain
@@ -48,9 +49,14 @@ class _Collected(Opened):
     """What is open for a command: its fds go to QEMU by a socket, not under numbers."""
 
     def __init__(self, layout: "tuple[Placed, ...]", pid: int) -> None:
-        super().__init__(layout, lambda _: None)
+        super().__init__(layout, self._hold)
         self._pid = pid  # QEMU's
         self.fds: "dict[int, int]" = {}
+        self.held: "list[int]" = []  # owned fds that the supervisor holds for the scripts
+
+    def _hold(self, _: object, fd: "int | None" = None) -> None:
+        if fd is not None:
+            self.held.append(os.dup(fd))
 
     def take(self, fd: int, number: int) -> None:
         """Collect an fd; take ownership."""
@@ -80,20 +86,29 @@ def open_command(job: Job) -> "tuple[Plain, list[int]]":
         shown = _place(job, opened)
     except BaseException:
         opened.undo()
+        _run_downscripts(opened.downscripts)
         raise
     fdsets, names = plan.find_fdsets(), plan.find_names()
-    handed = Handed(layout, shown, tuple(opened.leftovers), reused)
+    handed = Handed(layout, shown, tuple(opened.leftovers), reused, tuple(opened.downscripts))
     answer: "Plain" = {
         "text": plan.text.encode(errors="surrogateescape"),
         "fdsets": [[fdset, opaque] for fdset, _, opaque in fdsets],
         "names": [name for name, _ in names],
         "handed": to_plain(handed),
+        "twin": plan.name != job.name,
     }
-    return answer, [*(opened.fds[number] for _, number, _ in fdsets), *(opened.fds[number] for _, number in names)]
+    given = [*(number for _, number, _ in fdsets), *(number for _, number in names)]
+    return answer, [*(opened.fds[number] for number in given), *opened.held]
 
 
 def take_back(
-    state: "State", pid: int, pidfd: int, shown: "Sequence[Shown]", created: "Sequence[Leftover]", lock: int
+    state: "State",
+    pid: int,
+    pidfd: int,
+    shown: "Sequence[Shown]",
+    created: "Sequence[Leftover]",
+    downscripts: "Sequence[Downscript]",
+    lock: int,
 ) -> "tuple[Shown, ...]":
     """Take back what a command got; return what is left of it in the view, since something else is attached over it.
 
@@ -103,11 +118,19 @@ def take_back(
         QemuUsernsError: it cannot be taken back.
     """
     remove(created)
+    _run_downscripts(downscripts)
     if not shown:
         return ()
     namespaces = open_namespaces(pid, pidfd, state.identity)
     _lock(lock)
     return unbind_running(shown, state.identity, namespaces)
+
+
+def _run_downscripts(downscripts: "Sequence[Downscript]") -> None:
+    if downscripts:
+        from qemu_userns.host.scripts import run_downscripts
+
+        run_downscripts(downscripts)
 
 
 def _plan(job: Job) -> "CommandPlan":
@@ -116,8 +139,13 @@ def _plan(job: Job) -> "CommandPlan":
     A relative path is one from where QEMU was started, or from "/" for a daemon. Where QEMU stands now is not asked for: a QEMU
     that a guest has taken over could choose the directory in which the caller's rights are used.
     """
-    objects = read_command(job.name, job.text)
-    needs = find_command_needs(job.name, objects)
+    name, text = job.name, job.text
+    objects = read_command(name, text)
+    twin = find_twin(objects) if name == HMP else None
+    if twin is not None:
+        name, text = NETDEV_ADD, twin
+        objects = read_command(name, text)
+    needs = find_command_needs(name, objects)
     state = job.state
     try:
         os.chdir(state.caller.cwd)
@@ -126,7 +154,7 @@ def _plan(job: Job) -> "CommandPlan":
     caller = state.caller.replace(open_fds=frozenset())
     facts = look_at_host(needs, objects, caller, state.identity, {}, state.program, ())
     launched = (state.host_tree, state.version, state.memory)
-    return build_command_plan(job.name, job.text, objects, needs, facts, state.identity, job.first_number, *launched)
+    return build_command_plan(name, text, objects, needs, facts, state.identity, job.first_number, *launched)
 
 
 def _build_layout(job: Job, plan: "CommandPlan") -> "tuple[tuple[Placed, ...], tuple[int, ...]]":

@@ -80,7 +80,8 @@ def run(state: "State", watch: Watch, poller: Poller, server: "Server | None") -
         while server.has_more() and time.monotonic() < deadline:
             poller.run_once(deadline - time.monotonic())
         leftovers = server.close()
-    clean_up([item for item in leftovers if item.temporary or not watch.committed], state.lease)
+    downscripts = (*state.downscripts, *(() if server is None else server.find_downscripts()))
+    clean_up([item for item in leftovers if item.temporary or not watch.committed], downscripts, state.lease)
 
 
 def supervise(channel: int, launcher: int, state_fd: int, *served: int) -> None:

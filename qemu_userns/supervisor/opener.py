@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from qemu_userns.host.leftovers import Leftover
+    from qemu_userns.host.leftovers import Downscript, Leftover
     from qemu_userns.qmp.actions import Keep, Prepare, Release
     from qemu_userns.record import Plain
     from qemu_userns.sandbox.places import Shown
@@ -33,9 +33,7 @@ _ERROR_CLASS = "GenericError"
 class Opener:
     """The host's side of hot-plug."""
 
-    def __init__(
-        self, state: "State", poller: "Poller", log: "Callable[[str], None]", changed: "Callable[[], None]"
-    ) -> None:
+    def __init__(self, state: "State", poller: "Poller", log: "Callable[[str], None]", changed: "Callable[[], None]") -> None:
         """Start with what the launch placed.
 
         Args:
@@ -51,7 +49,7 @@ class Opener:
         self._state, self._poller, self._log = state, poller, log
         self._last = 0
         self._handed: "dict[int, Handed]" = {}
-        self._holding: "dict[int, list[int]]" = {}  # owned fds of the temporary files that were made for each
+        self._holding: "dict[int, list[int]]" = {}  # owned fds: of temporary files, and of taps whose scripts have to run
         self._released: "dict[int, bool]" = {}  # numbers that are given back, and whether their command failed
         self._covered: "tuple[Shown, ...]" = ()  # could not be taken back yet: something else is attached over it
         self._seen: "dict[int, frozenset[int]]" = {}  # commands being prepared: the numbers that they may come to use too
@@ -81,8 +79,9 @@ class Opener:
                 return
             self._take(number, from_plain(result["handed"], CLASSES))
             fdsets = tuple((fdset, fd, opaque) for (fdset, opaque), fd in zip(result["fdsets"], fds, strict=False))
-            names = tuple(zip(result["names"], fds[len(fdsets) :], strict=True))
-            answer(action.ticket, Prepared(result["text"], fdsets, names, number))
+            names = tuple(zip(result["names"], fds[len(fdsets) :], strict=False))
+            self._holding[number] += fds[len(fdsets) + len(names) :]
+            answer(action.ticket, Prepared(result["text"], fdsets, names, number, result["twin"]))
             self._sweep()
 
         start_worker(self._poller, work, done, _TIMEOUT_S, (self._lock, self.pidfd))
@@ -120,6 +119,10 @@ class Opener:
         held = [hold(item) for item in handed.created if item.temporary]
         self._holding[number] = [fd for fd in held if fd is not None]
 
+    def find_downscripts(self) -> "tuple[Downscript, ...]":
+        """Return the scripts to run when QEMU ends."""
+        return tuple(item for handed in self._handed.values() for item in handed.downscripts)
+
     def _sweep(self) -> None:
         """Take back what nobody uses any more: one worker at a time, since what is attached over something goes before it."""
         if self._sweeping:
@@ -130,15 +133,16 @@ class Opener:
         items = [(self._handed.pop(number), self._released.pop(number)) for number in free]
         places = tuple(place for item, _ in items for place in item.shown)
         created = tuple(file for item, failed in items for file in item.created if failed or file.temporary)
+        downscripts = tuple(script for item, _ in items for script in item.downscripts)
         holding = [fd for number in free for fd in self._holding.pop(number)]
-        if not places and not created:
+        if not places and not created and not downscripts:
             return
         shown = self._covered + places
 
         def work() -> "tuple[Plain, list[int]]":
             from qemu_userns.supervisor.hotplug import take_back
 
-            return to_plain(take_back(self._state, self.pid, self.pidfd, shown, created, self._lock)), []
+            return to_plain(take_back(self._state, self.pid, self.pidfd, shown, created, downscripts, self._lock)), []
 
         def done(result: object, _: "tuple[int, ...]") -> None:
             self._sweeping = False

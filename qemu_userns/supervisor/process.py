@@ -16,7 +16,7 @@ import os
 import sys
 
 from qemu_userns.errors import HostError, SandboxError
-from qemu_userns.host.leftovers import Leftover, decode, encode
+from qemu_userns.host.leftovers import Downscript, Leftover, decode, encode
 from qemu_userns.host.usernamespace import Holder, open_namespace, write_maps
 from qemu_userns.linux import process
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from qemu_userns.plan.identity import Identity
 
+STANDARD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 READY = "ready"
 JOINED, COMMIT = "joined", "commit"
 _SIZE_BYTES = 65536
@@ -71,9 +72,14 @@ class Supervisor:
         os.close(self._answer_fd)
         return namespaces
 
-    def note(self, leftover: Leftover) -> None:
-        """Tell of a file that was created."""
-        self._send(encode(leftover))
+    def note(self, item: "Leftover | Downscript", fd: "int | None" = None) -> None:
+        """Tell of a file that was created, or of a script to run at the end.
+
+        Args:
+            item: what it is.
+            fd: what has to stay open until then; borrowed.
+        """
+        self._send(encode(item), () if fd is None else (fd,))
 
     def hand_over(self, fds: "Iterable[int]", title: str = "") -> None:
         """Say that all is open and the namespaces are joined.
@@ -86,13 +92,10 @@ class Supervisor:
         Raises:
             SandboxError: they are too many.
         """
-        import _socket
-
-        given = list(fds)
+        given = tuple(fds)
         if len(given) > _MOST_FDS:
             raise SandboxError("cannot hand the monitors to the supervisor", f"they are more than {_MOST_FDS} sockets")
-        numbers = b"".join(fd.to_bytes(4, sys.byteorder) for fd in given)
-        self._send(f"{JOINED} {title}", [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, numbers)] if given else [])
+        self._send(f"{JOINED} {title}", given)
         for fd in given:
             os.close(fd)
 
@@ -101,14 +104,17 @@ class Supervisor:
         self._send(COMMIT)
         process.reap(self._child)
 
-    def _send(self, message: str, ancillary: "Iterable[tuple[int, int, bytes]]" = ()) -> None:
-        """Send a message.
+    def _send(self, message: str, fds: "tuple[int, ...]" = ()) -> None:
+        """Send a message, and copies of fds.
 
         Raises:
             SandboxError: nobody is there to take it.
         """
+        import _socket
+
+        numbers = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
         try:
-            self._channel.sendmsg([os.fsencode(message)], ancillary)
+            self._channel.sendmsg([os.fsencode(message)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, numbers)] if fds else [])
         except OSError as err:
             raise SandboxError("cannot talk to the supervisor", f"it has died: {err.strerror}") from err
 
@@ -155,10 +161,10 @@ def _run_child(channel: "Socket", answer: int, identity: "Identity", lease: str)
         process.reset_signal(process.SIGCHLD)  # ignored, the exit status of newuidmap would be lost
         _leave_caller(channel.fileno(), answer, launcher)
         holder = _make_namespaces(identity, answer)
-        leftovers: "list[Leftover]" = []
-        joined = _take_notes(channel, leftovers)
+        notes: "list[Leftover | Downscript]" = []
+        joined = _take_notes(channel, notes)
         if joined is None:
-            _give_up(leftovers, lease)
+            _give_up(notes, lease)
         title, fds = joined
         if holder is not None:
             holder.let_go()
@@ -167,7 +173,7 @@ def _run_child(channel: "Socket", answer: int, identity: "Identity", lease: str)
             if fds:
                 _stay(title, channel.detach(), launcher, fds)
             elif os.fsdecode(channel.recv(_SIZE_BYTES)) != COMMIT:
-                _give_up(leftovers, lease)
+                _give_up(notes, lease)
     finally:
         os._exit(0)
 
@@ -198,21 +204,25 @@ def _make_namespaces(identity: "Identity", answer: int) -> "Holder | None":
     return holder
 
 
-def _take_notes(channel: "Socket", leftovers: "list[Leftover]") -> "tuple[str, list[int]] | None":
-    """Collect the files that the launcher creates before it joins; return what it then hands over, None when it dies first."""
+def _take_notes(channel: "Socket", notes: "list[Leftover | Downscript]") -> "tuple[str, list[int]] | None":
+    """Collect what the launcher tells of before it joins; return what it then hands over, None when it dies first.
+
+    The fds that come with a note stay open for good: without them, a tap could be gone before its script runs.
+    """
     for message, fds in _read_messages(channel):
         kind, _, title = message.partition(" ")
         if kind == JOINED:
             return title, fds
-        leftovers.append(decode(message))
+        notes.append(decode(message))
     return None
 
 
-def _give_up(leftovers: "list[Leftover]", lease: str) -> "NoReturn":
-    """Remove what a launch that failed has created, and end."""
+def _give_up(notes: "list[Leftover | Downscript]", lease: str) -> "NoReturn":
+    """Take back what a launch that failed has done, and end."""
     from qemu_userns.supervisor.cleanup import clean_up
 
-    clean_up(leftovers, lease)
+    leftovers = [item for item in notes if isinstance(item, Leftover)]
+    clean_up(leftovers, [item for item in notes if isinstance(item, Downscript)], lease)
     os._exit(0)
 
 
@@ -221,7 +231,7 @@ def _read_messages(channel: "Socket") -> "Iterator[tuple[str, list[int]]]":
     import _socket
 
     while True:
-        data, ancillary, _, _ = channel.recvmsg(_SIZE_BYTES, _socket.CMSG_SPACE(4 * _MOST_FDS))
+        data, ancillary, _, _ = channel.recvmsg(_SIZE_BYTES, _socket.CMSG_SPACE(4 * _MOST_FDS), _socket.MSG_CMSG_CLOEXEC)
         if not data:
             return
         numbers = b"".join(item for level, kind, item in ancillary if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS))
@@ -237,7 +247,7 @@ def _stay(title: str, channel: int, launcher: int, fds: "list[int]") -> None:
     """Be the supervisor of the VM that is handed over, until it ends; takes over the fds."""
     show(title)
     os.environ.clear()
-    os.environ["PATH"] = os.defpath  # for what it runs (host/programs.py)
+    os.environ["PATH"] = STANDARD_PATH  # for what it runs (host/programs.py, host/scripts.py)
     from qemu_userns.supervisor.life import supervise
 
     supervise(channel, launcher, *fds)

@@ -22,6 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from qemu_userns.host.leftovers import Downscript
     from qemu_userns.plan.grants import Monitor
     from qemu_userns.qmp.actions import Owner
     from qemu_userns.record import Plain
@@ -95,6 +96,10 @@ class Server:
         if self._directory:
             registry.remove_entry(self._directory, self._pid)
         return (*self._state.leftovers, *self._opener.find_leftovers())
+
+    def find_downscripts(self) -> "tuple[Downscript, ...]":
+        """Return the scripts of what was plugged in and is there still."""
+        return self._opener.find_downscripts()
 
     def _name_sockets(self, fds: "list[int]") -> "tuple[Monitor, ...]":
         """Return the monitors; a listening socket that was inherited may have a path too, which QEMU would remove at its end."""

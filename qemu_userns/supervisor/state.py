@@ -3,7 +3,7 @@
 import marshal
 import os
 
-from qemu_userns.host.leftovers import Leftover
+from qemu_userns.host.leftovers import Downscript, Leftover
 from qemu_userns.plan import grants
 from qemu_userns.plan.draft import find_memory
 from qemu_userns.plan.facts import Account, Caller
@@ -38,6 +38,7 @@ class State(Record):
     monitors: "tuple[grants.Monitor, ...]" = ()
     layout: "tuple[Placed, ...]" = ()  # what the view shows
     leftovers: "tuple[Leftover, ...]" = ()  # what the launch created: goes when it fails, and partly when QEMU ends
+    downscripts: "tuple[Downscript, ...]" = ()  # to run when QEMU has ended
     sockets: "tuple[grants.QmpSocket, ...]" = ()  # of ours, besides those of the monitors
     memory: "tuple[str, str]" = ("", "")  # the values of -m: size and maxmem
     started: int = 0  # when QEMU's process was, in clock ticks after boot: a pid may be another process's later
@@ -48,10 +49,8 @@ class State(Record):
         return self.name if self.name and (not self.uuid or self.uuid not in self.name) else str(self.pid)
 
 
-CLASSES: "dict[str, type[Record]]" = {
-    cls.__name__: cls
-    for cls in (State, Identity, MapEntry, MountMap, Caller, Account, Leftover, Rights, *grants.Grant.__subclasses__())
-}
+_RECORDS = (Identity, MapEntry, MountMap, Caller, Account, Leftover, Downscript, Rights, *grants.Grant.__subclasses__())
+CLASSES: "dict[str, type[Record]]" = {cls.__name__: cls for cls in (State, *_RECORDS)}
 
 
 def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
@@ -72,6 +71,7 @@ def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
         tuple(grant for grant in plan.grants if isinstance(grant, grants.Monitor)),
         opened.layout,
         tuple(opened.leftovers),
+        tuple(opened.downscripts),
         tuple(grant for grant in plan.grants if isinstance(grant, grants.QmpSocket)),
         find_memory(start.asked.commandline.objects),
     )

@@ -12,6 +12,7 @@ from qemu_userns.catalogue.rows import ROWS, Row
 from tests.plans import asked_for, plan_of, read
 
 RO, RW, DIR_RO, DIR_RW = "ro /x/file", "rw /x/file", "ro /x/dir", "rw /x/dir"
+HELPER = "/usr/lib/qemu/qemu-bridge-helper"
 NEW = "create /x/new"
 NO_SYS = "refuse: QEMU would look for the USB device in /sys, which its view does not show"
 VFIO = ("device /dev/vfio/vfio", "device /dev/vfio/01")
@@ -222,6 +223,23 @@ CASES = [
     case("-netdev dgram,id=n,local.type=unix,local.path=/x/new", ways.MADE, "/x/new", "rw /x"),
     case("-netdev dgram,id=n,remote.type=unix,remote.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
     case("-netdev vde,id=n,sock=/x/dir", ways.WRITE_DIRECTORY, "/x/dir", DIR_RW),
+    *[
+        tried
+        for option in ("netdev", "nic", "net")
+        for tried in (
+            case(f"-{option} tap,id=n", ways.TAP, "/dev/net/tun", "tap any x1"),
+            case(f"-{option} bridge,id=n", ways.BRIDGE, HELPER, f"{HELPER} --use-vnet --fd=3 --br=br0"),
+            case(f"-{option} tap,id=n,helper=/x/h", ways.BRIDGE, HELPER, "/x/h --use-vnet --fd=3 --br=br0"),
+            *(
+                Case(
+                    (f"-{option}", f"tap,id=n,{member}=on"),
+                    ((ways.TAP, "/dev/net/tun"), (ways.VHOST, "/dev/vhost-net")),
+                    ("tap any x1", "open /dev/vhost-net rw alone"),
+                )
+                for member in ("vhost", "vhostforce")
+            ),
+        )
+    ],
     # Devices
     case("-tpmdev passthrough,id=t,path=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
     case("-tpmdev passthrough,id=t,cancel-path=/x/file", ways.WRITE, "/x/file", RW),
@@ -264,13 +282,15 @@ CASES = [
     Case(("-accel", "tcg"), (), ()),
     # Fds of the caller
     case("-netdev tap,id=n,fd=9", ways.FD, "9", "fd 9", fds=(9,)),
-    case("-netdev tap,id=n,vhostfd=9", ways.FD, "9", "fd 9", fds=(9,)),
+    Case(
+        ("-netdev", "tap,id=n,vhostfd=9"), ((ways.TAP, "/dev/net/tun"), (ways.FD, "9")), ("tap any x1", "fd 9"), fds=(9,)
+    ),
     case("-fsdev proxy-like,id=f,sock_fd=9", ways.FD, "9", "fd 9", fds=(9,)),
     case("-add-fd fd=9,set=1", ways.FD, "9", "fd 9", fds=(9,)),
     case("-add-fd fd=9,set=1", ways.FD, "9"),
     case('-blockdev {"driver":"nbd","server":{"type":"fd","str":"9"}}', ways.FD, "9", "fd 9", fds=(9,)),
     two("-nic tap,fds=8:9", ways.FD, ("8", "9"), "fd 8", "fd 9", fds=(8, 9)),
-    two("-nic tap,vhostfds=8:9", ways.FD, ("8", "9"), "fd 8", "fd 9", fds=(8, 9)),
+    two("-netdev vhost-vdpa,id=n,vhostfds=8:9", ways.FD, ("8", "9"), "fd 8", "fd 9", fds=(8, 9)),
     two("-netdev af-xdp,id=n,sock-fds=8:9", ways.FD, ("8", "9"), "fd 8", "fd 9", fds=(8, 9)),
     two("-device virtio-net-pci,ebpf-rss-fds=8:9", ways.FD, ("8", "9"), "fd 8", "fd 9", fds=(8, 9)),
     *[

@@ -393,7 +393,7 @@ PATH_LIKE = re.compile(
 )
 _NODE, _DEVICE = "the name of a node", "the name of a device inside QEMU"
 _NETWORK = "an address of the network"
-_TAP = "taps and programs beside them: issue 4"
+_TAP = "run outside with the tap"
 # Command (or "*") and last word of the key -> why it is none of the host's resources, or whose work it is.
 HARMLESS = {
     ("*", "device"): _DEVICE,
@@ -423,7 +423,7 @@ HARMLESS = {
     ("netdev_add", "script"): _TAP,
     ("netdev_add", "downscript"): _TAP,
     ("netdev_add", "helper"): _TAP,
-    ("netdev_add", "vhostdev"): _TAP,
+    ("netdev_add", "vhostdev"): "vhost-vdpa: issue 4",
     ("object-add", "indev"): "a character device",
     ("object-add", "outdev"): "a character device",
     ("object-add", "notify_dev"): "a character device",

@@ -199,7 +199,8 @@ def test_passthrough_shares_keep_four_capabilities() -> None:
     [
         (("-nodefaults",), ("deny", "deny")),
         (("-nodefaults", "-daemonize"), ("allow", "allow")),
-        (("-nodefaults", "-netdev", "tap,id=n"), ("allow", "allow")),
+        (("-nodefaults", "-netdev", "tap,id=n"), ("deny", "deny")),
+        (("-nodefaults", "-netdev", "bridge,id=n"), ("deny", "deny")),
         (("-nodefaults", "-netdev", "user,id=n,smb=/x/dir"), ("allow", "allow")),
         (("-nodefaults", "-incoming", "exec:cat"), ("allow", "allow")),
         (("-nodefaults", "-monitor", "stdio"), ("deny", "allow")),

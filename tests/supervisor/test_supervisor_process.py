@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qemu_userns.host.leftovers import Leftover, decode, encode, remove
+from qemu_userns.host.leftovers import Downscript, Leftover, decode, encode, remove
 from qemu_userns.plan.facts import Account, Caller
 from qemu_userns.plan.identity import DIRECT, SELF, Identity, MapEntry
 from qemu_userns.plan.plan import NO_HOST
@@ -54,6 +54,11 @@ def test_a_leftover_survives_the_pipe(path: str, device: int, inode: int, tempor
     item = Leftover(path, (device, inode), temporary)
     assert decode(encode(item)) == item
     assert "\0" not in encode(item)
+
+
+def test_a_script_survives_the_pipe() -> None:
+    item = Downscript("/a script/ with blanks", "tap0")
+    assert decode(encode(item)) == item
 
 
 def test_what_was_created_is_removed(tmp_path: Path) -> None:

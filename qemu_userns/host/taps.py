@@ -1,0 +1,192 @@
+"""Open taps with the caller's rights, as QEMU does, and run what belongs to them: scripts, and qemu-bridge-helper.
+
+Source: net/tap.c and net/tap-linux.c of QEMU; Documentation/networking/tuntap.rst and drivers/net/tun.c of the kernel.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+import sys
+import time
+from _socket import (
+    AF_UNIX,
+    CMSG_SPACE,
+    MSG_CMSG_CLOEXEC,
+    MSG_DONTWAIT,
+    SCM_RIGHTS,
+    SOCK_CLOEXEC,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    if_nametoindex,
+    socketpair,
+)
+
+from qemu_userns.errors import ResourceError
+from qemu_userns.host.leftovers import Downscript
+from qemu_userns.host.scripts import run_script, run_to_end
+from qemu_userns.plan.grants import HELPER_FD, Helper, Tap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from qemu_userns.host.opening import Opened
+    from qemu_userns.plan.facts import Caller
+
+_TUN = "/dev/net/tun"
+# linux/if_tun.h
+_TUNSETIFF, _TUNGETFEATURES = 0x400454CA, 0x800454CF
+_IFF_TAP, _IFF_NO_PI, _IFF_ONE_QUEUE, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x2000, 0x4000, 0x0100
+_IFREQ = "16sH22x"
+_ANY_NAME = "tap%d"
+_CAP_NET_ADMIN = 12
+_NOBODY = -1  # of a tap without an owner, or without a group
+_ERROR_MAX_BYTES = 2000
+# The supervisor of a VM that has just ended holds its tap until the script has run.
+_BUSY_TRIES, _BUSY_PAUSE_S = 100, 0.02
+
+
+def find_refused(names: "Iterable[str]", caller: "Caller") -> "tuple[tuple[str, str], ...]":
+    """Return which taps the caller may not open, "" for a new one, and why; what cannot be told is not among them."""
+    if _may_configure():
+        return ()
+    reasons = ((name, _find_reason(name, caller)) for name in names)
+    return tuple((name, reason) for name, reason in reasons if reason)
+
+
+def open_tap(grant: "Tap | Helper", opened: "Opened") -> None:
+    """Open what a grant gives, and run its script.
+
+    Raises:
+        ResourceError: it cannot be opened, the script or the helper fails.
+    """
+    if isinstance(grant, Helper):
+        opened.take(_run_helper(grant), grant.number)
+        return
+    name = grant.name
+    for number in grant.numbers:
+        fd, name = _open_queue(grant, name)
+        if number == grant.numbers[0]:
+            _run_scripts(grant, name, fd, opened)
+        opened.take(fd, number)
+
+
+def _run_scripts(grant: Tap, name: str, fd: int, opened: "Opened") -> None:
+    """Run the script of a tap that is open, and note the one for its end."""
+    status = run_script(grant.script, name) if grant.script else 0
+    if status:
+        hint = None if os.path.exists(grant.script) else "script=no is for none"
+        raise ResourceError(grant.why, f"network script {grant.script} failed with status {status}", hint)
+    if grant.downscript:
+        opened.run_at_end(Downscript(grant.downscript, name), fd)
+
+
+def _open_queue(grant: Tap, name: str) -> "tuple[int, str]":
+    """Open a queue of a tap; return an owned fd, and the name that the tap has."""
+    try:
+        fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as err:
+        raise ResourceError(grant.why, f"could not open {_TUN}: {err.strerror}") from err
+    flags = _choose_flags(grant, struct.unpack("I", fcntl.ioctl(fd, _TUNGETFEATURES, bytes(4)))[0])
+    request = struct.pack(_IFREQ, os.fsencode(name or _ANY_NAME), flags)
+    try:
+        answer = _configure(fd, request)
+    except OSError as err:
+        which = f" ({name})" if name else ""
+        hint = f"it takes CAP_NET_ADMIN, or a tap of the caller's: ip tuntap add dev {name or 'tap0'} mode tap user ..."
+        raise ResourceError(
+            grant.why, f"could not configure {_TUN}{which}: {err.strerror}", hint if err.errno == errno.EPERM else None
+        ) from err
+    return fd, os.fsdecode(struct.unpack(_IFREQ, answer)[0].rstrip(b"\0"))
+
+
+def _configure(fd: int, request: bytes) -> bytes:
+    """Make an fd a queue of a tap, which may be in use for another moment; return the kernel's answer; raises OSError."""
+    for _ in range(_BUSY_TRIES):
+        try:
+            return fcntl.ioctl(fd, _TUNSETIFF, request)
+        except OSError as err:
+            if err.errno != errno.EBUSY:
+                raise
+        time.sleep(_BUSY_PAUSE_S)
+    return fcntl.ioctl(fd, _TUNSETIFF, request)
+
+
+def _choose_flags(grant: Tap, features: int) -> int:
+    """Return the flags that QEMU would ask for."""
+    flags = _IFF_TAP | _IFF_NO_PI | (features & _IFF_ONE_QUEUE)
+    if grant.vnet_hdr and not features & _IFF_VNET_HDR:
+        raise ResourceError(grant.why, "vnet_hdr=1 requested, but no kernel support for IFF_VNET_HDR available")
+    if grant.vnet_hdr is not False:
+        flags |= features & _IFF_VNET_HDR
+    if len(grant.numbers) > 1:
+        if not features & _IFF_MULTI_QUEUE:
+            raise ResourceError(grant.why, "multiqueue required, but no kernel support for IFF_MULTI_QUEUE available")
+        flags |= _IFF_MULTI_QUEUE
+    return flags
+
+
+def _run_helper(grant: Helper) -> int:
+    """Run qemu-bridge-helper; return the tap that it opens, an owned fd."""
+    ours, theirs = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+    said = os.memfd_create("qemu-userns-helper", os.MFD_CLOEXEC)  # the supervisor has no stderr
+    status = run_to_end(grant.argv, ((said, 2), (theirs.fileno(), HELPER_FD)))
+    theirs.close()
+    text = os.pread(said, _ERROR_MAX_BYTES, 0).decode(errors="replace").strip()
+    os.close(said)
+    try:
+        _, ancillary, _, _ = ours.recvmsg(1, CMSG_SPACE(4), MSG_CMSG_CLOEXEC | MSG_DONTWAIT)
+    except OSError:
+        ancillary = []
+    ours.close()
+    rights = [data for level, kind, data in ancillary if (level, kind) == (SOL_SOCKET, SCM_RIGHTS)]
+    fds = [int.from_bytes(data[:4], sys.byteorder) for data in rights]
+    if status or not fds:
+        for fd in fds:
+            os.close(fd)
+        what = "bridge helper failed" if fds else "failed to recv file descriptor"
+        raise ResourceError(grant.why, f"{what}: {text or _describe_end(grant, status)}")
+    return fds[0]
+
+
+def _describe_end(grant: Helper, status: int) -> str:
+    """Say how a helper ended that said nothing."""
+    if not os.access(grant.argv[0], os.X_OK):
+        return f"{grant.argv[0]} cannot be executed"
+    return f"{grant.argv[0]} ended with status {status}"
+
+
+def _may_configure() -> bool:
+    """Say whether this process has CAP_NET_ADMIN: proc_pid_status(5)."""
+    with open("/proc/self/status", "rb") as file:
+        line = next(line for line in file if line.startswith(b"CapEff:"))
+    return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
+
+
+def _find_reason(name: str, caller: "Caller") -> str:
+    """Return why the caller, who may not configure networks, may not open a tap; "" if it may, or if that cannot be told."""
+    if not name:
+        return "to make a new tap takes CAP_NET_ADMIN"
+    try:
+        index = if_nametoindex(name)
+    except OSError:
+        return "there is no such interface, and to make it takes CAP_NET_ADMIN"
+    # /sys may be of another network namespace.
+    if _read_number(name, "ifindex") != index:
+        return ""
+    owner, group = _read_number(name, "owner"), _read_number(name, "group")
+    if owner not in (None, _NOBODY, caller.account.uid):
+        return f"it belongs to uid {owner}, and to open it takes that or CAP_NET_ADMIN"
+    if group not in (None, _NOBODY, caller.account.gid, *caller.account.groups):
+        return f"it belongs to group {group}, and to open it takes that or CAP_NET_ADMIN"
+    return ""
+
+
+def _read_number(name: str, attribute: str) -> "int | None":
+    """Return what /sys says of an interface, None if it does not."""
+    try:
+        with open(f"/sys/class/net/{name}/{attribute}", "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,139 @@
+"""Hand over taps: opened outside, with their scripts, helpers and vhost-net, and passed as fds. Pure.
+
+What QEMU will refuse is left alone, so that it says so itself.
+
+Source: net/tap.c, net/tap-linux.c and net/net.c of QEMU, 7.2 to 11.0.
+"""
+
+from qemu_userns.catalogue import ways
+from qemu_userns.cmdline.objects import as_switch
+from qemu_userns.cmdline.source import replace
+from qemu_userns.plan.facts import ABSENT, CHARACTER, MISSING, REGULAR
+from qemu_userns.plan.grants import HELPER_FD, READ, WRITE, Helper, OpenFd, Tap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.catalogue.needs import Need
+    from qemu_userns.cmdline.objects import Object
+    from qemu_userns.plan.draft import Draft
+
+_O_RDWR = 2
+_NAME_MAX_BYTES = 15  # QEMU cuts what is longer: IFNAMSIZ
+_SCRIPT, _DOWNSCRIPT = "/etc/qemu-ifup", "/etc/qemu-ifdown"
+_BRIDGE = "br0"
+# Where builds of QEMU have it, the first one of them that is there.
+HELPERS = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/local/libexec/qemu-bridge-helper")
+# What QEMU refuses beside fd= and fds=.
+_TAP_KEYS = ("ifname", "script", "downscript", "vnet_hdr", "queues")
+_HELPER_KEYS = ("br", "helper")
+
+
+def hand_over(draft: "Draft", need: "Need") -> None:
+    """Add what a tap, the helper that makes one, or its vhost-net takes."""
+    match need.way:
+        case ways.TAP:
+            _open_tap(draft, need)
+        case ways.BRIDGE:
+            _run_helper(draft, need)
+        case ways.VHOST:
+            _open_vhost(draft, need)
+
+
+def _open_tap(draft: "Draft", need: "Need") -> None:
+    obj = need.obj
+    queues = _count_queues(obj)
+    vnet_hdr = as_switch(obj.get("vnet_hdr"))
+    if not 0 < queues <= draft.most_queues or vnet_hdr not in (None, "on", "off") or obj.get("vhostfds"):
+        return
+    if obj.kind == "net" and obj.get("queues"):  # QEMU knows no queues behind a hub
+        return
+    fact = draft.path(need.path)
+    if fact.kind == ABSENT and fact.error in (None, MISSING):
+        draft.refuse(f"{need.describe()} {need.path}", MISSING, "load the kernel's module: modprobe tun")
+        return
+    if not draft.check(need, fact, READ | WRITE):
+        return
+    name = _cut(obj.get("ifname") or "")
+    for refused, reason in draft.facts.refused_taps:
+        if refused == name:
+            draft.refuse(f"{need.describe()} {name}".rstrip(), reason, _hint(draft, name, queues))
+            return
+    numbers = tuple(draft.next_fd() for _ in range(queues))
+    script, downscript = _find_script(draft, obj, "script", _SCRIPT), _find_script(draft, obj, "downscript", _DOWNSCRIPT)
+    draft.add(Tap(need.describe(), name, numbers, None if vnet_hdr is None else vnet_hdr == "on", script, downscript))
+    _give(draft, obj, numbers, _TAP_KEYS)
+
+
+def _run_helper(draft: "Draft", need: "Need") -> None:
+    """Have the helper run outside, where set-uid means something, and make a tap of QEMU's of what it opens."""
+    obj, kind = need.obj, need.member
+    if any(obj.get(key) for key in _TAP_KEYS) or kind is None:
+        return
+    default = next((path for path in HELPERS if draft.path(path).kind == REGULAR), need.path)
+    helper, bridge = obj.get("helper") or default, obj.get("br") or _BRIDGE
+    options = ("--use-vnet", f"--fd={HELPER_FD}")
+    if " " in helper or "\t" in helper:
+        words = (helper, *options, *(() if "--br=" in helper else (f"--br={bridge}",)))
+        argv: "tuple[str, ...]" = ("/bin/sh", "-c", " ".join(words))
+    else:
+        argv = (_make_absolute(draft, helper), *options, f"--br={bridge}")
+    number = draft.next_fd()
+    draft.add(Helper(need.describe(), argv, number))
+    if kind.value != "tap":
+        draft.edits.append(replace(kind, "tap", "a bridge's tap is one like others once it is open"))
+    _give(draft, obj, (number,), _HELPER_KEYS)
+
+
+def _open_vhost(draft: "Draft", need: "Need") -> None:
+    """Open vhost-net for each queue; where the caller may not, QEMU goes on without it, or says so."""
+    obj, fact = need.obj, draft.path(need.path)
+    fds = obj.get("fds") or ""
+    queues = len(fds.split(":")) if fds else _count_queues(obj)
+    if fact.kind != CHARACTER or not 0 < queues <= draft.most_queues:
+        return
+    if not draft.caller_may(fact, READ | WRITE):
+        draft.bind(fact, True, need.describe(), device=True)
+        return
+    numbers = tuple(draft.next_fd() for _ in range(queues))
+    why = need.describe()
+    draft.add(*(OpenFd(why, fact.real, need.path, _O_RDWR, number, None, fact.inode, fact.device) for number in numbers))
+    key = "vhostfds" if fds or queues > 1 else "vhostfd"
+    draft.give_fds(obj, key, numbers, (), f"{need.path} is opened outside, once for each queue")
+
+
+def _give(draft: "Draft", obj: "Object", numbers: "tuple[int, ...]", gone: "tuple[str, ...]") -> None:
+    """Name the fds of a tap."""
+    names = ":".join(map(draft.name_fd, numbers))
+    why = f"the tap is opened outside and passed as {names}, which is what `info network` shows of it"
+    draft.give_fds(obj, "fds" if len(numbers) > 1 else "fd", numbers, gone, why)
+
+
+def _count_queues(obj: "Object") -> int:
+    """Return how many queues a tap has, 0 if QEMU will refuse the number."""
+    text = obj.get("queues") or "1"
+    return int(text) if text.isdecimal() and text.isascii() else 0
+
+
+def _cut(name: str) -> str:
+    """Return the part of an interface's name that QEMU reads."""
+    return name.encode("utf-8", "surrogateescape")[:_NAME_MAX_BYTES].decode("utf-8", "surrogateescape")
+
+
+def _find_script(draft: "Draft", obj: "Object", key: str, default: str) -> str:
+    """Return the path of a script, "" for none."""
+    path = obj.get(key, default) or ""
+    return "" if path in ("", "no") else _make_absolute(draft, path)
+
+
+def _make_absolute(draft: "Draft", path: str) -> str:
+    """Return a path that leads to the same from elsewhere; QEMU does not look in PATH."""
+    return path if path.startswith("/") else f"{draft.facts.caller.cwd.rstrip('/')}/{path}"
+
+
+def _hint(draft: "Draft", name: str, queues: int) -> str:
+    """Say how root gives a tap to the caller."""
+    return (
+        f"have root make one: ip tuntap add dev {name or 'tap0'} mode tap user {draft.facts.caller.account.name}"
+        + (" multi_queue" if queues > 1 else "")
+        + ("" if name else ", and name it by ifname=tap0")
+    )
