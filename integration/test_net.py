@@ -211,7 +211,7 @@ def test_a_tap_is_plugged_in_and_out(launch: Launch, scripts: Scripts, shared_tm
 
     def dialogue(vm: Vm) -> list[Any]:
         seen: list[Any] = []
-        cases: list[dict[str, Any]] = [{"ifname": "t0"}, {"ifname": "t0", "queues": 2}, {"vnet_hdr": False}]
+        cases: list[dict[str, Any]] = [{"ifname": "t0"}, {"ifname": "t0", "queues": 2}, {"sndbuf": 4096}]
         for more in cases:
             seen.append(vm.qmp.ask("netdev_add", type="tap", id="n", script=up, downscript=down, **more))
             seen.append([(name, flags_of(name)) for name in interfaces() if name != "b0"])

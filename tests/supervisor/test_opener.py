@@ -48,7 +48,7 @@ def test_the_inode_of_what_was_made_is_no_other_files_until_it_is_taken_back(
     handed = Handed((), (), (Leftover(str(path), (found.st_dev, found.st_ino), True),), ())
 
     def open_command(_: object) -> tuple[Plain, list[int]]:
-        return {"text": b"", "fdsets": [], "names": [], "handed": to_plain(handed), "one_shot": False}, []
+        return {"text": b"", "fdsets": [], "names": [], "handed": to_plain(handed), "twin": False}, []
 
     def inside() -> list[bool]:
         poller, answers = Poller(), []
