@@ -13,7 +13,6 @@ from qemu_userns.linux import process
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CLONE_NEWNET = 0x40000000
 # A tmpfs lies over /dev/net, and a copy of /etc over /etc: the tests write there.
 MAKE = """
 set -e
@@ -35,7 +34,7 @@ ip link set lo up
 def own_network(folder: Path) -> Iterator[None]:
     """Give this process a network and mount namespace of its own."""
     cwd = Path.cwd()
-    kinds = {"mnt": process.CLONE_NEWNS, "net": CLONE_NEWNET}
+    kinds = {"mnt": process.CLONE_NEWNS, "net": process.CLONE_NEWNET}
     before = {kind: os.open(f"/proc/self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in kinds}
     try:
         for flag in kinds.values():

@@ -17,17 +17,21 @@ import pytest
 from integration.networks import Scripts, flags_of, interfaces, ip, own_network
 from integration.plugged import Vm, compared, plugged
 from integration.shares import Launch, dropin_words, launches
-from integration.talk import PLAIN, as_user, home_of, running, started, wait_until
+from integration.talk import PLAIN, as_user, home_of, is_alive, running, started, supervisor_of, wait_until
 from integration.test_hotplug_guest import Guest, unplug, wait_for
 from integration.vm import machine_options, port_options
+from qemu_userns.host.taps import open_queue
+from qemu_userns.plan.grants import Tap
+from tests.conftest import CHECKOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
 
 IDLE = ["-nodefaults", "-display", "none", "-M", "none"]
 LIMIT_S = 30
+OURS = str(CHECKOUT / ".venv/bin/qemu-userns")
 NO_SCRIPTS = "script=no,downscript=no"
 HELPER = "/usr/lib/qemu/qemu-bridge-helper"
 
@@ -246,6 +250,122 @@ def test_what_was_plugged_in_is_taken_back_at_the_end(launch: Launch, scripts: S
     wait_until(lambda: scripts.said() == ["up 1 t0 there", "down 1 t0 there"], "the downscript")
 
 
+def test_a_supervisor_that_takes_over_runs_the_downscripts(launch: Launch, scripts: Scripts, shared_tmp: Path) -> None:
+    up, down = str(scripts.make("up")), str(scripts.make("down"))
+    tap = f"tap,id=a,ifname=ta,script={up},downscript={down}"
+    with plugged(shared_tmp / "vm", launch, "-netdev", tap) as vm:
+        vm.qmp.execute("netdev_add", type="tap", id="b", ifname="tb", script=up, downscript=down)
+        supervisor = supervisor_of(vm.process.pid)
+        os.kill(supervisor, signal.SIGKILL)
+        wait_until(lambda: not is_alive(supervisor), "the supervisor's end")
+        done = subprocess.run([OURS, "adopt", str(vm.process.pid)], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        vm.process.kill()
+    wait_until(lambda: len(scripts.said()) == 4, "the downscripts")
+    assert sorted(scripts.said()) == ["down 1 ta gone", "down 1 tb gone", "up 1 ta there", "up 1 tb there"]
+
+
+# --- which network ----------------------------------------------------------------------------------------------------
+
+
+def network_of(pid: int | str) -> str:
+    return os.readlink(f"/proc/{pid}/ns/net")
+
+
+def interfaces_of(pid: int) -> list[str]:
+    """Return the interfaces of a process's network namespace."""
+    lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
+    return sorted(line.split(":")[0].strip() for line in lines)
+
+
+@contextlib.contextmanager
+def another_network() -> Iterator[int]:
+    """Make a network namespace; yield the pid of a process in it."""
+    with subprocess.Popen(["unshare", "--net", "sleep", "1000"]) as process:
+        wait_until(lambda: network_of(process.pid) != network_of("self"), "another network namespace")
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def test_a_network_of_its_own_is_empty_and_taps_are_the_callers(launch: Launch) -> None:
+    words = ("-userns", "net=none", "-netdev", f"tap,id=n,ifname=t0,{NO_SCRIPTS}", "-netdev", "user,id=u")
+    with running(words_of(launch), *words, idle=False) as vm:
+        assert network_of(vm.pid) != network_of("self")
+        assert interfaces_of(vm.pid) == ["lo"]
+        assert interfaces() == ["t0"]
+        vm.quit()
+
+
+def test_an_unprivileged_caller_has_none_as_well(unprivileged_user: str) -> None:
+    words = as_user(unprivileged_user, *dropin_words())
+    with running(words, "-userns", "net=none", env=home_of(unprivileged_user), cwd="/") as vm:
+        assert interfaces_of(vm.pid) == ["lo"]
+        vm.quit()
+
+
+def test_the_network_that_the_operator_names(launch: Launch, scripts: Scripts, shared_tmp: Path) -> None:
+    up = str(scripts.make("up"))
+    with another_network() as other:
+        words = ("-userns", f"net=/proc/{other}/ns/net", "-netdev", f"tap,id=n,ifname=t0,{NO_SCRIPTS}")
+        with plugged(shared_tmp / "vm", launch, *words) as vm:
+            assert network_of(vm.process.pid) == network_of(other)
+            assert interfaces_of(other) == ["lo", "t0"]
+            vm.qmp.execute("netdev_add", type="tap", id="b", ifname="t1", script=up, downscript="no")
+            assert interfaces_of(other) == ["lo", "t0", "t1"]
+            assert scripts.said() == ["up 1 t1 there"]
+            os.kill(supervisor := supervisor_of(vm.process.pid), signal.SIGKILL)
+            wait_until(lambda: not is_alive(supervisor), "the supervisor's end")
+            subprocess.run([OURS, "adopt", str(vm.process.pid)], timeout=LIMIT_S, check=True)
+            again = vm.client(5)
+            again.execute("netdev_add", type="tap", id="c", ifname="t2", script="no", downscript="no")
+            assert interfaces_of(other) == ["lo", "t0", "t1", "t2"]
+    assert interfaces() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("/run/netns/none", "No such file or directory\nhint: ip netns add NAME"),
+        ("/dev/null", "Invalid argument\nhint: name a network namespace"),
+        ("/proc/self/ns/mnt", "Invalid argument\nhint: name a network namespace"),
+        ("some", "'some' is not a choice\nhint: choose caller or none"),
+    ],
+)
+def test_what_is_no_network_stops_the_launch(launch: Launch, name: str, reason: str) -> None:
+    assert reason in said(launch, "-userns", f"net={name}")
+
+
+def test_a_user_may_not_join_roots_network(unprivileged_user: str) -> None:
+    with another_network() as other:
+        os.symlink(f"/proc/{other}/ns/net", "/etc/net")
+        ended = as_caller(unprivileged_user, "-userns", "net=/etc/net")
+    assert ended.returncode == 1
+    assert "hint: to join it takes CAP_SYS_ADMIN; net=none takes nothing" in ended.stderr
+
+
+def test_fds_that_are_no_taps_are_refused(launch: Launch) -> None:
+    with open("/dev/null") as null, open("/dev/net/tun") as tun:
+        for file, key in ((null, "fd"), (tun, "fd"), (null, "fds")):
+            words = [*words_of(launch), "-netdev", f"tap,id=n,{key}={file.fileno()}"]
+            ended = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False, pass_fds=(file.fileno(),))
+            assert ended.returncode == 1
+            assert ended.stderr.startswith(f"qemu-userns: -netdev {key} {file.fileno()}: it is no tap\nhint: ")
+
+
+def test_fds_of_the_caller_are_kept(launch: Launch) -> None:
+    """As LXD and libvirt pass them: opened and configured already."""
+    grants = Tap("test", "t0", (0, 1), None)
+    fds = [open_queue(grants, "t0")[0] for _ in range(2)]
+    value = f"tap,id=n,fds={':'.join(map(str, fds))}"
+    with running(words_of(launch), "-netdev", value, idle=False, pass_fds=tuple(fds)) as vm:
+        assert f"fd={fds[0]}" in vm.qmp.hmp("info network")
+        vm.quit()
+    for fd in fds:
+        os.close(fd)
+
+
 # --- traffic ----------------------------------------------------------------------------------------------------------
 
 
@@ -271,37 +391,81 @@ class Nic:
     def words(self) -> list[str]:
         return ["-netdev", json.dumps(self.netdev()), "-device", json.dumps(self.device())]
 
+    def find(self, guest: Guest, address: str) -> str:
+        """Give the guest's end an address; return its name."""
+        find = f'dev=$(grep -l "^{self.mac}$" /sys/class/net/*/address | cut -d/ -f5); [ -n "$dev" ]'
+        up = f"ip addr add {address} dev $dev && ip link set $dev up && echo $dev"
+        return guest.check(f"modprobe virtio_net; {wait_for(find)}; {up}").strip()
+
     def check(self, guest: Guest) -> None:
         """Have packets go there and back from each of the guest's processors, which have queues of their own."""
-        find = f'dev=$(grep -l "^{self.mac}$" /sys/class/net/*/address | cut -d/ -f5); [ -n "$dev" ]'
-        address = f"10.7.{self.number}.2"
+        name = self.find(guest, f"10.7.{self.number}.2/24")
         found = guest.check(
-            f"modprobe virtio_net; {wait_for(find)}; ip addr add {address}/24 dev $dev && ip link set $dev up && "
             f"for cpu in 1 2 4 8; do taskset $cpu ping -c 2 -W 5 -s 1400 10.7.{self.number}.1 >/dev/null || exit 1; done; "
-            "ls -d /sys/class/net/$dev/queues/rx-* | wc -l"
+            f"ls -d /sys/class/net/{name}/queues/rx-* | wc -l"
         )
         assert int(found) == self.queues
 
 
-def test_a_guest_talks_over_taps(launch: Launch, shared_tmp: Path) -> None:
-    nics = [Nic(1), Nic(2, queues=4), Nic(3), Nic(4, queues=4)]
-    home = shared_tmp / "home"
-    home.mkdir()
-    slots = [word for n in range(2) for word in ("-device", f"pcie-root-port,id=slot{n},chassis={n + 1},bus=pcie.0")]
-    machine = [*machine_options(home, "tcg", 256, "qemu_userns_serve"), "-smp", "4", *nics[0].words(), *nics[1].words(), *slots]
-    ours, theirs = socket.socketpair()
-    with ours, contextlib.ExitStack() as stack:
+class Booted:
+    """A guest with four processors, and the VM that it runs in."""
+
+    def __init__(self, stack: contextlib.ExitStack, folder: Path, launch: Launch, nics: Sequence[Nic]) -> None:
+        home = folder / "home"
+        home.mkdir(parents=True)
+        slots = [word for n in range(2) for word in ("-device", f"pcie-root-port,id=slot{n},chassis={n + 1},bus=pcie.0")]
+        words = [word for nic in nics for word in nic.words()]
+        machine = [*machine_options(home, "tcg", 256, "qemu_userns_serve"), "-smp", "4", *words, *slots]
+        ours, theirs = socket.socketpair()
+        stack.enter_context(ours)
         with theirs:
             command = port_options("command", f"socket,fd={theirs.fileno()}")
-            vm = stack.enter_context(
-                plugged(shared_tmp / "vm", launch, *command, machine=machine, pass_fds=(theirs.fileno(),))
-            )
-        guest = Guest(ours)
+            vm = plugged(folder / "vm", launch, *command, machine=machine, pass_fds=(theirs.fileno(),))
+            self.qmp = stack.enter_context(vm).qmp
+        self.guest = Guest(ours)
+
+    def plug(self, nic: Nic, slot: int) -> None:
+        self.qmp.execute("netdev_add", **nic.netdev())
+        self.qmp.execute("device_add", bus=f"slot{slot}", **nic.device())
+
+    def unplug(self, nic: Nic) -> None:
+        unplug(self.qmp, f"d{nic.number}")
+        self.qmp.execute("netdev_del", id=nic.name)
+
+
+def test_a_guest_talks_over_taps(launch: Launch, shared_tmp: Path) -> None:
+    nics = [Nic(1), Nic(2, queues=4), Nic(3), Nic(4, queues=4)]
+    with contextlib.ExitStack() as stack:
+        booted = Booted(stack, shared_tmp, launch, nics[:2])
         for nic in nics[:2]:
-            nic.check(guest)
+            nic.check(booted.guest)
         for slot, nic in enumerate(nics[2:]):
-            vm.qmp.execute("netdev_add", **nic.netdev())
-            vm.qmp.execute("device_add", bus=f"slot{slot}", **nic.device())
-            nic.check(guest)
-            unplug(vm.qmp, f"d{nic.number}")
-            vm.qmp.execute("netdev_del", id=nic.name)
+            booted.plug(nic, slot)
+            nic.check(booted.guest)
+            booted.unplug(nic)
+
+
+def test_two_guests_talk_through_a_bridge(launch: Launch, shared_tmp: Path) -> None:
+    """Over taps with one queue and with four, that are there from the start and that are plugged in: ping, and 4 MiB of data."""
+    ip("link", "add", "b0", "type", "bridge")
+    ip("link", "set", "b0", "up")
+    sides = [[Nic(1), Nic(2, queues=4)], [Nic(3), Nic(4, queues=4)]]
+    for nic in (*sides[0], *sides[1]):
+        ip("addr", "flush", "dev", nic.name)
+        ip("link", "set", nic.name, "master", "b0")
+    with contextlib.ExitStack() as stack:
+        first, second = Booted(stack, shared_tmp / "1", launch, sides[0]), Booted(stack, shared_tmp / "2", launch, [])
+        for slot, nic in enumerate(sides[1]):
+            second.plug(nic, slot)
+        for one, other in zip(*sides, strict=True):
+            for booted, nic in ((first, one), (second, other)):
+                nic.find(booted.guest, f"10.8.{one.number}.{nic.number}/24")
+            first.guest.check(f"ping -c 2 -W 5 -s 1400 10.8.{one.number}.{other.number} >/dev/null")
+            first.guest.check("dd if=/dev/urandom of=/sent bs=64k count=64 2>/dev/null")
+            second.guest.check("rm -f /got; (sleep 1000 | nc -l -p 9000 >/got 2>/dev/null) & sleep 1")
+            first.guest.check(f"nc 10.8.{one.number}.{other.number} 9000 </sent")
+            second.guest.check("while pidof nc >/dev/null; do sleep 0.1; done")
+            digests = [booted.guest.check(f"sha1sum <{file}") for booted, file in ((first, "/sent"), (second, "/got"))]
+            assert digests[0] == digests[1]
+        for nic in sides[1]:
+            second.unplug(nic)

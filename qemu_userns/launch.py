@@ -53,10 +53,11 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     """Plan, and do what the plan says."""
     # Imported only here: loading these takes as long as the supervisor needs for the id maps, on another core.
     from qemu_userns.host.opening import Opened, open_grants
+    from qemu_userns.plan.identity import NO_NETWORK
     from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST
     from qemu_userns.planning import make_plan
     from qemu_userns.sandbox.confine import confine, pass_fds
-    from qemu_userns.sandbox.namespaces import NamespaceLimits, become, join
+    from qemu_userns.sandbox.namespaces import NamespaceLimits, become, join, leave_network
     from qemu_userns.sandbox.view import build_view, overlay_host
 
     plan = make_plan(start, request)
@@ -82,6 +83,8 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     if plan.identity.switch:
         become(plan.identity)
     join(namespaces)
+    if plan.network == NO_NETWORK:
+        leave_network()
     limits = NamespaceLimits()
     if plan.host_tree == NO_HOST:
         build_view(opened, plan.cwd)

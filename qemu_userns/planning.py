@@ -37,6 +37,7 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
         config.monitors,
         config.passthrough,
         start.share_maps,
+        config.net,
     )
     return build_plan(request.argv[0], commandline, needs, facts, start.identity, program, settings, start.lease is not None)
 

@@ -12,6 +12,7 @@ from qemu_userns.host.config import Config, config_paths, configured_qemu, load_
 from qemu_userns.host.identity import find_identity
 from qemu_userns.host.paths import find_fd
 from qemu_userns.host.qemu import find_qemu, probe_qemu
+from qemu_userns.plan.identity import CALLERS_NETWORK, NO_NETWORK
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
@@ -101,13 +102,17 @@ def read_request(request: Request, config: "Config") -> Asked:
 
 
 def find_start(asked: Asked, request: Request) -> Start:
-    """Find out who the caller is and who QEMU will be.
+    """Find out who the caller is and who QEMU will be, in the network namespace that QEMU will be in.
 
     Must not: change anything on the host but take a lease, and not even that for a preview.
 
     Raises:
         QemuUsernsError: any of its kinds, for what is wrong with the identities or the host.
     """
+    if asked.config.net not in (CALLERS_NETWORK, NO_NETWORK):
+        from qemu_userns.host.network import join_network
+
+        join_network(asked.config.net)
     commandline = asked.commandline
     stand_ins, mapped = _meet_stand_ins(commandline, request.preview), None  # their fds are the caller's from here on
     caller = look_at_caller()

@@ -61,6 +61,11 @@ class Need(Record):
         return tuple(f"{self.path}/{name}" for name in names if ANY_ENTRY in wanted or name in wanted)
 
 
+def names_tap(need: Need) -> bool:
+    """Tell whether a need is an fd of a tap."""
+    return need.way == ways.FD and need.obj.get("type") == "tap" and need.member is not None and need.member.key in ("fd", "fds")
+
+
 # Where QEMU looks below a -L directory too; system/datadir.c.
 _DATA_FOLDERS = ("keymaps", "dtb")
 

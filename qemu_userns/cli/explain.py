@@ -15,6 +15,7 @@ from qemu_userns.plan.grants import (
     Reserved,
     Tap,
 )
+from qemu_userns.plan.identity import CALLERS_NETWORK, NO_NETWORK
 from qemu_userns.plan.plan import NO_HOST
 from qemu_userns.planning import make_plan
 from qemu_userns.request import find_start, read_request, read_settings
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qemu_userns.request import Request
 
 _FD_GRANTS = (KeepFd, OpenFd, Tap, Helper, Listen, Connect, Reserved)
+_NETWORKS = {CALLERS_NETWORK: "the caller's", NO_NETWORK: "QEMU's own, without any interface"}
 _CAPABILITIES = {0: "chown", 1: "dac_override", 3: "fowner", 4: "fsetid"}
 _SCOPES = {1: "abstract sockets", 2: "signals"}
 
@@ -48,6 +50,7 @@ def describe_plan(plan: "Plan") -> "dict[str, list[dict[str, str]]]":
         "program": [{"path": plan.program, "name": plan.words[0], "identity": identity.why}],
         "uid map": [{"map": f"inside {entry.describe()} outside"} for entry in identity.uid_map],
         "gid map": [{"map": f"inside {entry.describe()} outside"} for entry in identity.gid_map],
+        "network": [{"namespace": _NETWORKS.get(plan.network, plan.network)}],
         "view": host + [_describe(grant) for grant in plan.build_layout()],
         "fds": [_describe(grant) for grant in plan.grants if isinstance(grant, _FD_GRANTS)],
         "limits": [_describe(grant) for grant in plan.grants if isinstance(grant, LockLimit)],

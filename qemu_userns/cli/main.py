@@ -32,8 +32,8 @@ ps       list the caller's VMs that have a QMP monitor
 qmp      send a command to a VM (name, uuid or pid) and print the reply; without one a shell; with --events its events
 adopt    give a VM whose supervisor was killed a new one; --replace ends the one there is, for a newer version of this program
 
-KEY=VALUE: fs=view|host, sandbox=auto|off|VALUE, require=landlock, idmap=MAP, share.NAME.idmap=MAP, pool=START-END,
-  qemu=PATH, off=on, qmp=PATH (a QMP socket more; may be repeated), passthrough=PATH (a monitor that QEMU serves by itself)
+KEY=VALUE: fs=view|host, net=caller|none|PATH, sandbox=auto|off|VALUE, require=landlock, idmap=MAP, share.NAME.idmap=MAP,
+  pool=START-END, qemu=PATH, off=on, qmp=PATH (a QMP socket more; may be repeated), passthrough=PATH (a monitor that QEMU serves by itself)
 """
 
 

@@ -32,6 +32,7 @@ _GROUPS = (
     ("qemu_userns.host.settings",),
     ("qemu_userns.plan.idmaps", "qemu_userns.host.shares"),
     ("qemu_userns.host.stand_ins",),
+    ("qemu_userns.host.network",),
     ("qemu_userns.host.images",),
     ("qemu_userns.host.sockets",),
     ("qemu_userns.plan.taps", "qemu_userns.host.taps"),

@@ -6,6 +6,7 @@ What reads and checks them (settings.py) is loaded only where there are any.
 
 import os
 
+from qemu_userns.plan.identity import CALLERS_NETWORK
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
@@ -24,6 +25,7 @@ class Config(Record):
 
     qemu: "tuple[tuple[str, str], ...]" = ()  # name and path of a QEMU; name "" is any, its path may be a directory
     fs: str = "view"  # or "host": QEMU sees the whole host tree
+    net: str = CALLERS_NETWORK  # or NO_NETWORK, or the path of a network namespace
     pool: "IdRange | None" = None  # where root leases from if /etc/subuid and /etc/subgid have nothing for it
     idmap: "tuple[IdMapEntry, ...]" = ()  # in addition to the identity's own
     sandbox: str = "auto"  # or "off", or the value of QEMU's -sandbox

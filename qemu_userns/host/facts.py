@@ -9,6 +9,7 @@ import struct
 from qemu_userns.catalogue import ways
 from qemu_userns.catalogue.buses import RENDER_NODES, RENDER_PREFIX, find_sys_directory
 from qemu_userns.catalogue.images import find_layer
+from qemu_userns.catalogue.needs import names_tap
 from qemu_userns.host.paths import PathWalker
 from qemu_userns.linux.landlock import probe_landlock
 from qemu_userns.linux.seccomp import knows_machine
@@ -80,13 +81,14 @@ def look_at_host(
     for path in (program, PTMX, KVM, *extra, *_temporary(environ)):
         look(path)
     refused_taps = _find_refused_taps([need.obj.get("ifname") or "" for need in needs if need.way == ways.TAP], caller)
+    not_taps = _find_others(needs)
     base = tuple(walker.look(entry.path, to_write=False) for entry in BASE)
     limit = (-1, -1)
     if locks:
         from qemu_userns.host.memory import find_lock_limit
 
         limit = find_lock_limit()
-    return HostFacts(caller, paths, images, base, environ, probe_landlock(), refused_taps, knows_machine(), limit)
+    return HostFacts(caller, paths, images, base, environ, probe_landlock(), refused_taps, knows_machine(), limit, not_taps)
 
 
 def _candidates(need: "Need") -> "tuple[str, ...]":
@@ -140,6 +142,16 @@ def _find_sys_directory(node: str) -> "tuple[str, ...]":
     except OSError:
         return ()
     return (find_sys_directory(found.st_rdev),) if stat.S_ISCHR(found.st_mode) else ()
+
+
+def _find_others(needs: "Iterable[Need]") -> "frozenset[int]":
+    """Return which fds the command line names as taps, and are none."""
+    numbers = [int(need.path) for need in needs if names_tap(need) and need.path.isdecimal()]
+    if not numbers:
+        return frozenset()
+    from qemu_userns.host.taps import find_others
+
+    return find_others(numbers)
 
 
 def _find_refused_taps(names: "Sequence[str]", caller: "Caller") -> "tuple[tuple[str, str], ...]":

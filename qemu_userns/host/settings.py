@@ -10,7 +10,7 @@ import stat
 from qemu_userns.errors import UsageError
 from qemu_userns.host import cache
 from qemu_userns.host.subids import IdRange, parse_idmap, parse_span
-from qemu_userns.plan.identity import MapEntry
+from qemu_userns.plan.identity import CALLERS_NETWORK, NO_NETWORK, MapEntry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ WORDS = {"on": True, "yes": True, "true": True, "": True, "off": False, "no": Fa
 TYPES = {
     "qemu": str,
     "fs": str,
+    "net": str,
     "pool": str,
     "idmap": list,
     "sandbox": str,
@@ -54,6 +55,8 @@ def apply_settings(config: "Config", settings: "Mapping[str, list[str]]", where:
             qemu[key[len("qemu.") :]] = _parse_path(values[0], what)
         elif key == "fs":
             changes[key] = _parse_choice(values[0], CHOICES[key], what)
+        elif key == "net":
+            changes[key] = _parse_network(values[0], what)
         elif key == "require":
             changes[key] = tuple(_parse_choice(value, CHOICES[key], what) for value in values)
         elif key == "pool":
@@ -127,6 +130,14 @@ def _parse_choice(text: str, choices: "tuple[str, ...]", what: str) -> str:
     """Check one of several words; raises UsageError."""
     if text not in choices:
         raise UsageError(what, f"'{text}' is not a choice", f"choose from {', '.join(choices)}")
+    return text
+
+
+def _parse_network(text: str, what: str) -> str:
+    """Check one of the words, or an absolute path; raises UsageError."""
+    if text not in (CALLERS_NETWORK, NO_NETWORK) and not text.startswith("/"):
+        hint = f"choose {CALLERS_NETWORK} or {NO_NETWORK}, or name a network namespace from / on, as in /run/netns"
+        raise UsageError(what, f"'{text}' is not a choice", hint)
     return text
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _TUN = "/dev/net/tun"
 # linux/if_tun.h
-_TUNSETIFF, _TUNGETFEATURES = 0x400454CA, 0x800454CF
+_TUNSETIFF, _TUNGETFEATURES, _TUNGETIFF = 0x400454CA, 0x800454CF, 0x800454D2
 _IFF_TAP, _IFF_NO_PI, _IFF_ONE_QUEUE, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x2000, 0x4000, 0x0100
 _IFREQ = "16sH22x"
 _ANY_NAME = "tap%d"
@@ -55,6 +55,19 @@ def find_refused(names: "Iterable[str]", caller: "Caller") -> "tuple[tuple[str, 
     return tuple((name, reason) for name, reason in reasons if reason)
 
 
+def find_others(numbers: "Iterable[int]") -> "frozenset[int]":
+    """Return which fds are open, and are no taps."""
+    return frozenset(number for number in numbers if _is_other(number))
+
+
+def _is_other(number: int) -> bool:
+    try:
+        fcntl.ioctl(number, _TUNGETIFF, bytes(struct.calcsize(_IFREQ)))
+    except OSError as err:
+        return err.errno != errno.EBADF  # QEMU says so itself
+    return False
+
+
 def open_tap(grant: "Tap | Helper", opened: "Opened") -> None:
     """Open what a grant gives, and run its script.
 
@@ -66,7 +79,7 @@ def open_tap(grant: "Tap | Helper", opened: "Opened") -> None:
         return
     name = grant.name
     for number in grant.numbers:
-        fd, name = _open_queue(grant, name)
+        fd, name = open_queue(grant, name)
         if number == grant.numbers[0]:
             _run_scripts(grant, name, fd, opened)
         opened.take(fd, number)
@@ -82,7 +95,7 @@ def _run_scripts(grant: Tap, name: str, fd: int, opened: "Opened") -> None:
         opened.run_at_end(Downscript(grant.downscript, name), fd)
 
 
-def _open_queue(grant: Tap, name: str) -> "tuple[int, str]":
+def open_queue(grant: Tap, name: str) -> "tuple[int, str]":
     """Open a queue of a tap; return an owned fd, and the name that the tap has."""
     try:
         fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -10,6 +10,7 @@ from qemu_userns.plan.draft import Draft, find_memory
 from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, LANDLOCK_ABI_WITH_SCOPES
 from qemu_userns.plan.grants import READ, Bind, Consume, Copy, CreateDir, Link, Listen, Monitor, Private, QmpSocket, Reserved
 from qemu_userns.plan.handover import hand_over
+from qemu_userns.plan.identity import CALLERS_NETWORK
 from qemu_userns.plan.monitors import serve_monitors
 from qemu_userns.plan.plan import NO_HOST, WHOLE_HOST, Confinement, Plan, Rewrite
 from qemu_userns.record import Record
@@ -53,6 +54,7 @@ class Settings(Record):
     monitors: "tuple[MonitorRights, ...]" = ()
     passthrough: str = ""
     share_maps: "tuple[ShareMap, ...]" = ()
+    network: str = CALLERS_NETWORK
 
 
 def build_plan(
@@ -103,6 +105,7 @@ def build_plan(
         confinement,
         tuple(([identity.warning] if identity.warning else []) + draft.warnings),
         tuple(draft.notes),
+        settings.network,
     )
 
 

@@ -4,6 +4,7 @@ Path first: a file that QEMU may open with its own rights is shown at its path. 
 """
 
 from qemu_userns.catalogue import ways
+from qemu_userns.catalogue.needs import names_tap
 from qemu_userns.cmdline.source import append, drop, remove, replace
 from qemu_userns.plan import devices, images
 from qemu_userns.plan.draft import is_shown
@@ -293,8 +294,11 @@ def _pipe(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
 
 
 def _fd(draft: "Draft", need: "Need", _: "CommandLine") -> None:
-    if need.path.isdecimal():
-        draft.keep_fd(int(need.path), need.describe())
+    if not need.path.isdecimal():
+        return
+    if int(need.path) in draft.facts.not_taps and names_tap(need):
+        draft.refuse(f"{need.describe()} {need.path}", "it is no tap", "pass one of /dev/net/tun after TUNSETIFF, or /dev/tapN")
+    draft.keep_fd(int(need.path), need.describe())
 
 
 def _run(draft: "Draft", need: "Need", _: "CommandLine") -> None:

@@ -11,6 +11,9 @@ SELF = "self"  # by the launcher: one id, its own
 NEWIDMAP = "newidmap"  # by newuidmap(1) and newgidmap(1), as subuid(5) allows
 DIRECT = "direct"  # by the supervisor, which is root outside
 
+# Which network QEMU is in, if it is not in the namespace that a path leads to.
+CALLERS_NETWORK, NO_NETWORK = "caller", "none"
+
 
 class MapEntry(Record):
     """One line of /proc/PID/uid_map: user_namespaces(7), "User and group ID mappings"."""

@@ -1,6 +1,7 @@
 """The plan of a launch, a value: what `explain` prints and launch.py carries out."""
 
 from qemu_userns.plan.grants import KeepFd, Refuse, Reserved
+from qemu_userns.plan.identity import CALLERS_NETWORK
 from qemu_userns.plan.layout import build_layout, build_overlay
 from qemu_userns.record import Record
 
@@ -66,6 +67,7 @@ class Plan(Granted):
     confinement: Confinement
     warnings: "tuple[str, ...]" = ()  # for stderr, at every launch
     notes: "tuple[str, ...]" = ()  # for a reader of the plan
+    network: str = CALLERS_NETWORK  # or NO_NETWORK, or the path of a network namespace
 
     @property
     def needs_supervisor(self) -> bool:

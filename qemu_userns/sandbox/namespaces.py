@@ -51,6 +51,18 @@ def join(namespaces: "tuple[int, ...]") -> None:
         raise SandboxError("cannot enter QEMU's namespaces", err.strerror or str(err)) from err
 
 
+def leave_network() -> None:
+    """Move into a network namespace of QEMU's own, which has nothing but a loopback device that is down.
+
+    Raises:
+        SandboxError: the kernel refuses.
+    """
+    try:
+        process.unshare(process.CLONE_NEWNET)
+    except OSError as err:
+        raise SandboxError("cannot leave the caller's network", err.strerror or str(err)) from err
+
+
 class NamespaceLimits:
     """The limits of further namespaces inside: what a user namespace opens of the kernel is not for QEMU (namespaces(7)).
 

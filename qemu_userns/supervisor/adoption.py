@@ -10,10 +10,12 @@ import stat
 
 from qemu_userns.errors import HostError, SandboxError
 from qemu_userns.host.leftovers import Leftover, is_stale, remove
+from qemu_userns.host.network import join_network
 from qemu_userns.host.realpath import Parent
 from qemu_userns.host.sockets import BACKLOG, listen_unix, open_address
 from qemu_userns.linux import process
 from qemu_userns.plan.grants import LISTEN, Monitor
+from qemu_userns.plan.identity import CALLERS_NETWORK, NO_NETWORK
 from qemu_userns.supervisor import registry
 from qemu_userns.supervisor.server import Server
 
@@ -46,6 +48,8 @@ def take_over(directory: str, pid: int, poller: "Poller") -> "tuple[State, int, 
         raise HostError(str(pid), f"its state cannot be read: {err}") from err
     if not registry.is_running(pid, entry.state):
         raise HostError(str(pid), "this VM has ended")
+    if entry.state.network not in (CALLERS_NETWORK, NO_NETWORK):
+        join_network(f"/proc/{pid}/ns/net")
     made: "dict[str, Leftover]" = {}
     try:
         os.umask(entry.state.caller.umask)

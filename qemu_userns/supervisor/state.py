@@ -7,7 +7,7 @@ from qemu_userns.host.leftovers import Downscript, Leftover
 from qemu_userns.plan import grants
 from qemu_userns.plan.draft import find_memory
 from qemu_userns.plan.facts import Account, Caller
-from qemu_userns.plan.identity import Identity, MapEntry, MountMap
+from qemu_userns.plan.identity import CALLERS_NETWORK, Identity, MapEntry, MountMap
 from qemu_userns.plan.rights import Rights
 from qemu_userns.record import Record, from_plain, to_plain
 
@@ -40,6 +40,7 @@ class State(Record):
     leftovers: "tuple[Leftover, ...]" = ()  # what the launch created: goes when it fails, and partly when QEMU ends
     downscripts: "tuple[Downscript, ...]" = ()  # to run when QEMU has ended
     sockets: "tuple[grants.QmpSocket, ...]" = ()  # of ours, besides those of the monitors
+    network: str = CALLERS_NETWORK  # as in Plan
     memory: "tuple[str, str]" = ("", "")  # the values of -m: size and maxmem
     started: int = 0  # when QEMU's process was, in clock ticks after boot: a pid may be another process's later
 
@@ -73,6 +74,7 @@ def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
         tuple(opened.leftovers),
         tuple(opened.downscripts),
         tuple(grant for grant in plan.grants if isinstance(grant, grants.QmpSocket)),
+        plan.network,
         find_memory(start.asked.commandline.objects),
     )
 
