@@ -40,6 +40,7 @@ if "-L" in words:
     sys.exit()
 fd = next(int(found[1]) for word in words if (found := re.search(r"fd=(\\d+)", word)))
 listener = socket.socket(fileno=fd)
+listener.setblocking(True)
 GREETING = b'{{"QMP": {{"version": {{}}, "capabilities": ["oob"]}}}}\\r\\n'
 OK = b'{{"return": {{}}}}\\r\\n'
 EVENT = b'{{"timestamp": {{"seconds": 0, "microseconds": 0}}, "event": "STOP"}}\\r\\n'

@@ -145,6 +145,9 @@ def _open_monitor(grant: Monitor, privileged: bool, opened: "Opened") -> None:
         if grant.kind in (LISTEN, CONNECT):
             opened.served += open_address(grant)
     private.listen(1)
+    # QEMU 7.2 looks at a new monitor's socket in two threads for a moment (monitor_qmp_setup_handlers_bh). The supervisor
+    # connects just then, one thread gets that, and the main thread would wait for another connection for ever.
+    private.setblocking(False)
     opened.served.append(way_in)
     opened.take(private.detach(), grant.number)
     opened.take(os.dup(way_in), grant.way_in)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
@@ -12,7 +13,7 @@ import pytest
 
 from qemu_userns.host.opening import Opened
 from qemu_userns.host.sockets import open_socket
-from qemu_userns.plan.grants import QmpSocket
+from qemu_userns.plan.grants import LISTEN, Monitor, QmpSocket
 from qemu_userns.plan.rights import Rights
 
 if TYPE_CHECKING:
@@ -79,3 +80,13 @@ def test_an_old_socket_gives_way(opened: Opened, tmp_path: Path) -> None:
     open_socket(asked(tmp_path / "s"), False, opened)
     os.close(holder)
     assert (tmp_path / "s").lstat().st_ino != before
+
+
+def test_qemus_own_socket_of_a_monitor_never_blocks(opened: Opened, tmp_path: Path) -> None:
+    """Two threads of QEMU 7.2 may see one connection: who comes too late must not wait for the next."""
+    path = str(tmp_path / "s")
+    private, way_in = (fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 500) for _ in range(2))
+    open_socket(Monitor("a test", LISTEN, "m", False, private, way_in, path, path), False, opened)
+    assert not os.get_blocking(private)
+    os.close(private)
+    os.close(way_in)
