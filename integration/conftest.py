@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from integration.leftovers import HostState
     from integration.plugged import Compare
     from integration.shares import Launch
 
@@ -41,14 +42,27 @@ __all__ = [
 GRACE_S = 5
 
 
+@pytest.fixture(scope="session", autouse=True)
+def clean_session() -> Iterator[None]:
+    """Fail the last test if what tests share has left something."""
+    before = host_state()
+    yield
+    assert_as_before(before)
+
+
 @pytest.fixture(autouse=True)
 def clean_host(shared_tmp: Path) -> Iterator[None]:
-    """Fail a test after which a process, a mount or a run-time file is left; the supervisor may need a moment to go.
+    """Fail a test after which a process, a mount or a run-time file is left.
 
     It depends on `shared_tmp` so that it looks before that folder is removed.
     """
     before = host_state()
     yield
+    assert_as_before(before)
+
+
+def assert_as_before(before: HostState) -> None:
+    """Check that nothing is left on the host; the supervisor may need a moment to go."""
     end = time.monotonic() + GRACE_S
     sweep_unheld_leases()
     while (left := host_state().added_since(before)) and time.monotonic() < end:

@@ -11,6 +11,7 @@ from qemu_userns.host.identity import RUN_DIR
 from qemu_userns.host.leases import sweep_leases
 from qemu_userns.supervisor.registry import find_run_dir
 
+ALONE = "QEMU_USERNS_ALONE"  # scripts/alone sets it
 OURS = ("qemu-system", "qemu_userns", "qemu-userns")
 
 
@@ -37,13 +38,15 @@ def host_state() -> HostState:
 
 
 def processes() -> frozenset[tuple[int, str]]:
-    """Return pid and command line of the processes of ours that this test run started, orphans too.
+    """Return pid and command line of the processes that this test run started, orphans too.
 
-    An orphan's parent is an ancestor of ours (init or a subreaper). A process below somebody else's parent is the work of
-    another test run on this machine.
+    Where scripts/alone has started it, that is every process there is. Else it is those of ours: an orphan's parent is an
+    ancestor of ours (init or a subreaper), and a process below somebody else's parent is the work of another test run.
     """
     table = process_table()
     ancestors = set(parents(os.getpid(), table))
+    if ALONE in os.environ:
+        return frozenset((pid, command) for pid, (_, command) in table.items() if command and pid not in ancestors)
     found = set()
     for pid, (_, command) in table.items():
         if pid in ancestors or not is_ours(command):

@@ -1,13 +1,14 @@
 """libvirt's session daemon, started by hand in a folder of its own, and a domain that is the test guest.
 
-with session(folder, user) as libvirt:
+libvirt = Libvirt(folder)
+with libvirt.serving():
     domain = Domain(libvirt, "vm", emulator)
     domain.define()
     with domain.started() as guest:
         guest.check("true")
+libvirt.end_programs()
 
-Everything that libvirt makes is in `folder`. For root, libvirt has one system driver and no session (it takes
-qemu:///session of root's for qemu:///system, whose files are all over the host): root's tests start it as another user.
+Everything that libvirt makes is in `folder`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
-import pwd
 import signal
 import socket
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from integration.talk import as_user, connected, is_alive, started, wait_until
-from integration.vm import RunningGuest, guest_files, user_environment
+from integration.talk import connected, is_alive, started, wait_until
+from integration.vm import KERNEL_ARGUMENTS, RunningGuest, guest_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,16 +43,14 @@ class LibvirtError(Exception):
 class Libvirt:
     """A running daemon, and virsh."""
 
-    def __init__(self, folder: Path, user: str) -> None:
-        """Make libvirt's folders below `folder`, which is the user's."""
-        self.folder, self.user = folder, user
-        entry = pwd.getpwnam(user)
-        self.environment = user_environment(entry)
+    def __init__(self, folder: Path) -> None:
+        """Make libvirt's folders below `folder`."""
+        self.folder = folder
+        self.environment = dict(os.environ)
         names = {"HOME": "home", "XDG_RUNTIME_DIR": "run", "XDG_CONFIG_HOME": "config", "XDG_CACHE_HOME": "cache"}
         for variable, name in {**names, "XDG_DATA_HOME": "data"}.items():
             path = folder / name
             path.mkdir(mode=0o700)
-            os.chown(path, entry.pw_uid, entry.pw_gid)
             self.environment[variable] = str(path)
         self._settings = folder / "libvirtd.conf"
         self._settings.write_text(f'log_level = 3\nlog_outputs = "3:file:{folder / "home" / "libvirtd.log"}"\n')
@@ -60,7 +58,7 @@ class Libvirt:
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
         """Run the daemon; its domains stay when it goes."""
-        command = as_user(self.user, LIBVIRTD, "-f", str(self._settings))
+        command = [LIBVIRTD, "-f", str(self._settings)]
         socket_file = self.folder / "run/libvirt/libvirt-sock"
         with started(command, env=self.environment, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             wait_until(lambda: socket_file.is_socket() or process.poll() is not None, "libvirtd's socket")
@@ -77,7 +75,7 @@ class Libvirt:
         Raises:
             LibvirtError: it has not.
         """
-        command = as_user(self.user, "virsh", "--quiet", "--connect", URI, *words)
+        command = ["virsh", "--quiet", "--connect", URI, *words]
         done = subprocess.run(command, env=self.environment, cwd="/", capture_output=True, text=True, timeout=LIMIT_S)
         if done.returncode != 0:
             raise LibvirtError(f"virsh {' '.join(words)}: {done.stderr.strip()}\n{self.read_last_words()}")
@@ -111,16 +109,6 @@ def _environment_of(pid: int) -> str:
     return Path(f"/proc/{pid}/environ").read_text(errors="replace") + Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
 
 
-@contextlib.contextmanager
-def session(folder: Path, user: str) -> Iterator[Libvirt]:
-    """Make libvirt's folders, and end what it started. The daemon is not yet started."""
-    libvirt = Libvirt(folder, user)
-    try:
-        yield libvirt
-    finally:
-        libvirt.end_programs()
-
-
 class Domain:
     """The test guest as a domain; its files are in a folder beside libvirt's."""
 
@@ -128,8 +116,6 @@ class Domain:
         self.libvirt, self.name, self.emulator = libvirt, name, emulator
         self.home = libvirt.folder / name
         self.home.mkdir()
-        entry = pwd.getpwnam(libvirt.user)
-        os.chown(self.home, entry.pw_uid, entry.pw_gid)
 
     @property
     def pid(self) -> int:
@@ -183,10 +169,9 @@ class Domain:
             yield DomainGuest(channel, self.home)
 
     def make_disk(self, name: str, *options: str, size: str = "4M") -> Path:
-        """Make an image that is the user's."""
+        """Make an image."""
         path = self.home / name
-        command = as_user(self.libvirt.user, "qemu-img", "create", "-q", *options, str(path), size)
-        subprocess.run(command, check=True, cwd="/")
+        subprocess.run(["qemu-img", "create", "-q", *options, path, size], check=True, cwd="/")
         return path
 
     def _write(self, name: str, text: str) -> str:
@@ -205,7 +190,7 @@ class Domain:
                 <type arch='x86_64' machine='q35'>hvm</type>
                 <kernel>{files.kernel}</kernel>
                 <initrd>{files.initramfs}</initrd>
-                <cmdline>console=ttyS0 panic=-1 oops=panic qemu_userns_serve</cmdline>
+                <cmdline>{KERNEL_ARGUMENTS} qemu_userns_serve</cmdline>
               </os>
               <features><acpi/></features>
               <devices>

@@ -8,37 +8,30 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 
 from integration.vm import user_environment
 from tests.conftest import CHECKOUT, dropin_folder, lacking, try_command
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 pytestmark = [pytest.mark.qemu, pytest.mark.dropin, pytest.mark.newuidmap, pytest.mark.xattr, pytest.mark.slow]
 
 
-def test_demo(unprivileged_user: str, shared_tmp: Path) -> None:
-    entry = pwd.getpwnam(unprivileged_user)
-    shared_tmp.chmod(0o1777)
-    root = os.geteuid() == 0
+@pytest.mark.ordinary
+def test_demo(shared_tmp: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "integration.demo", str(dropin_folder() / "qemu-system-x86_64")],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         cwd=CHECKOUT,
-        env={**user_environment(entry), "TMPDIR": str(shared_tmp), "PYTHONDONTWRITEBYTECODE": "1"},
-        user=entry.pw_uid if root else None,
-        group=entry.pw_gid if root else None,
-        extra_groups=os.getgrouplist(entry.pw_name, entry.pw_gid) if root else None,
+        env={**os.environ, "TMPDIR": str(shared_tmp), "PYTHONDONTWRITEBYTECODE": "1"},
         timeout=180,
     )
     assert done.returncode == 0, done.stderr
-    me = f"{entry.pw_uid}:{entry.pw_gid}"
+    uid = os.getuid()
+    me = f"{uid}:{os.getgid()}"
     mapped, _, rest = done.stdout.partition("share passthrough")
     passthrough, _, qemu = rest.partition("QEMU, pid")
     for line in (
@@ -58,8 +51,8 @@ def test_demo(unprivileged_user: str, shared_tmp: Path) -> None:
     ):
         assert line in words(passthrough), done.stdout
     for line in (
-        f"uid_map 0 is {entry.pw_uid} all ids are the host's",
-        f"uid on the host {entry.pw_uid} {entry.pw_uid}",
+        f"uid_map 0 is {uid} all ids are the host's",
+        f"uid on the host {uid} {uid}",
         "capabilities chown dac_override fowner fsetid (inside only) none",
         "no_new_privs 1 ",
         "mount passthrough: rw,nosuid,nodev",
@@ -81,26 +74,35 @@ exec /usr/bin/dpkg-query "$@"
 """
 
 
-@pytest.fixture
-def sudoer() -> Iterator[pwd.struct_passwd]:
-    """A user with sudo and without subordinate ids, as long as the test takes."""
-    if reason := try_command("sudo", "--non-interactive", "true"):
-        lacking("sudo", reason)
-    rule = Path("/etc/sudoers.d") / SUDOER
-    subprocess.run(["useradd", "--system", "--user-group", "--create-home", SUDOER], check=True)
-    try:
+class Sudoer:
+    """A user with sudo and without subordinate ids, whom nobody knows who does not see `etc` at /etc."""
+
+    def __init__(self, folder: Path) -> None:
+        self.etc, home = folder / "etc", folder / "home"
+        subprocess.run(["cp", "-a", "/etc", str(self.etc)], check=True)
+        self.run(["useradd", "--system", "--user-group", "--create-home", "--home-dir", str(home), SUDOER], check=True)
+        rule = self.etc / "sudoers.d" / SUDOER
         rule.write_text(f"{SUDOER} ALL=(ALL) NOPASSWD: ALL\n")
         rule.chmod(0o440)
-        yield pwd.getpwnam(SUDOER)
-    finally:
-        rule.unlink(missing_ok=True)
-        subprocess.run(["userdel", "--remove", SUDOER], check=True, capture_output=True)
+        _, _, uid, gid, *rest = next(line.split(":") for line in self.lines("passwd"))
+        self.entry = pwd.struct_passwd((SUDOER, "x", int(uid), int(gid), *rest))
+
+    def run(self, words: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command, as root, that sees `etc`."""
+        script = 'mount --bind "$0" /etc && exec "$@"'
+        return subprocess.run(["unshare", "--mount", "sh", "-c", script, str(self.etc), *words], text=True, **more)
+
+    def lines(self, name: str) -> list[str]:
+        """Return the user's lines in a file of `etc`."""
+        return [line for line in (self.etc / name).read_text().splitlines() if line.startswith(f"{SUDOER}:")]
 
 
-def subordinate_ids(name: str) -> list[tuple[str, str]]:
-    """Return the lines of a user in /etc/subuid and /etc/subgid."""
-    files = ("/etc/subuid", "/etc/subgid")
-    return [(file, line) for file in files for line in Path(file).read_text().splitlines() if line.startswith(f"{name}:")]
+@pytest.fixture
+def sudoer(shared_tmp: Path) -> Sudoer:
+    """Not in the host's /etc, where it could disturb others' tests."""
+    if reason := try_command("sudo", "--non-interactive", "true"):
+        lacking("sudo", reason)
+    return Sudoer(shared_tmp)
 
 
 def copy_checkout(copy: Path, owner: pwd.struct_passwd) -> None:
@@ -114,34 +116,33 @@ def copy_checkout(copy: Path, owner: pwd.struct_passwd) -> None:
 
 
 @pytest.mark.root
-def test_a_user_with_sudo_runs_the_demo(sudoer: pwd.struct_passwd, shared_tmp: Path) -> None:
+def test_a_user_with_sudo_runs_the_demo(sudoer: Sudoer, shared_tmp: Path) -> None:
     """What is missing is installed by sudo; the copy stands in the checkout's place, so that its .venv need not be made anew."""
     copy, tools, tmp = shared_tmp / "checkout", shared_tmp / "bin", shared_tmp / "tmp"
-    copy_checkout(copy, sudoer)
+    copy_checkout(copy, sudoer.entry)
     tools.mkdir()
     (tools / "dpkg-query").write_text(DPKG_QUERY)
     (tools / "dpkg-query").chmod(0o755)
     tmp.mkdir()
     tmp.chmod(0o1777)
-    assert subordinate_ids(SUDOER) == []
+    assert sudoer.lines("subuid") + sudoer.lines("subgid") == []
     script = 'mount --bind "$1" "$2" && cd "$2" && exec setpriv --reuid="$3" --regid="$3" --init-groups scripts/demo'
-    environ = user_environment(sudoer)
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script, "sh", str(copy), str(CHECKOUT), SUDOER],
+    environ = user_environment(sudoer.entry)
+    done = sudoer.run(
+        ["sh", "-c", script, "sh", str(copy), str(CHECKOUT), SUDOER],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
         env={**environ, "TMPDIR": str(tmp), "PATH": f"{tools}:{environ['PATH']}"},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
     for line in ("setup: installing acl ...", f"setup: giving {SUDOER} subordinate uids ...", f"starting a guest as {SUDOER} "):
         assert line in done.stderr
-    assert [file for file, _ in subordinate_ids(SUDOER)] == ["/etc/subuid", "/etc/subgid"]
-    first = int(subordinate_ids(SUDOER)[0][1].split(":")[1])
-    assert f"uid_map 0 is {sudoer.pw_uid} all ids are the host's 1-65536 are {first}-{first + 65535}" in words(done.stdout)
+    assert (len(sudoer.lines("subuid")), len(sudoer.lines("subgid"))) == (1, 1)
+    first = int(sudoer.lines("subuid")[0].split(":")[1])
+    assert f"uid_map 0 is {sudoer.entry.pw_uid} all ids are the host's 1-65536 are {first}-{first + 65535}" in words(done.stdout)
     assert not list(tmp.iterdir())
-    assert {path.lstat().st_uid for path in copy.rglob("*")} == {sudoer.pw_uid}
+    assert {path.lstat().st_uid for path in copy.rglob("*")} == {sudoer.entry.pw_uid}
 
 
 def words(text: str) -> str:

@@ -29,7 +29,7 @@ from tests.conftest import CHECKOUT, dropin_folder, remove_tree
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.qemu, pytest.mark.dropin, pytest.mark.userns]
+pytestmark = [pytest.mark.qemu, pytest.mark.dropin, pytest.mark.userns, pytest.mark.slow]
 
 ROOT = os.geteuid() == 0
 CALLER_FD = 60
