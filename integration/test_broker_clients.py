@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Dialogue = Callable[[Raw], list[bytes]]
 
-pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
+pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin, pytest.mark.slow]
 
 MOST_CLIENTS = 128
 MIB = 1 << 20

@@ -5,16 +5,15 @@ The launch must stop: nothing runs, one line says why, and no file, lease or pro
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from integration.leftovers import is_held
+from integration.shares import dropin_words, module_folder
 from integration.talk import IDLE, outcome, wait_until
 
 pytestmark = [
@@ -76,22 +75,21 @@ def options(folder: Path) -> list[str]:
     return [*IDLE, *files, *sockets, "-fsdev", f"local,id=f,path={share},security_model=passthrough"]
 
 
-@functools.cache
-def counts(entry: str, folder: Path) -> dict[str, int]:
-    """Return how often a launch makes each system call in the launcher before it becomes QEMU."""
-    trace = folder / "trace"
-    words = ["strace", "-o", str(trace), "-e", f"trace={','.join(CALLS)},execve", entry, *options(folder), "-device", "nosuch"]
-    assert subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL).returncode == 1
-    found = dict.fromkeys(CALLS, 0)
-    for line in trace.read_text().splitlines():
-        name = line.partition("(")[0]
-        if name == "execve" and '"/usr/bin/qemu-system' in line:
-            break
-        if name in found:
-            found[name] += 1
-    trace.unlink()
-    wait_until(lambda: not (folder / "pid").exists(), "the pidfile gone")
-    (folder / "log").unlink(missing_ok=True)
+@pytest.fixture(scope="module")
+def counts() -> dict[str, int]:
+    """How often a launch makes each system call in the launcher before it becomes QEMU."""
+    with module_folder() as folder:
+        trace = folder / "trace"
+        words = ["strace", "-o", str(trace), "-e", f"trace={','.join(CALLS)},execve", *dropin_words(), *options(folder)]
+        assert outcome(words, "-device", "nosuch")[0] == 1
+        wait_until(lambda: not (folder / "pid").exists(), "the pidfile gone")
+        found = dict.fromkeys(CALLS, 0)
+        for line in trace.read_text().splitlines():
+            name = line.partition("(")[0]
+            if name == "execve" and '"/usr/bin/qemu-system' in line:
+                break
+            if name in found:
+                found[name] += 1
     return found
 
 
@@ -115,10 +113,9 @@ def places(count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("call", TRIED)
-def test_a_launcher_that_is_killed_leaves_nothing(dropin: list[str], shared_tmp: Path, call: str) -> None:
-    count = counts(dropin[0], shared_tmp)[call]
-    assert count > 0
-    for when in places(count):
+def test_a_launcher_that_is_killed_leaves_nothing(dropin: list[str], shared_tmp: Path, counts: dict[str, int], call: str) -> None:
+    assert counts[call] > 0
+    for when in places(counts[call]):
         status, stdout, stderr = inject(dropin[0], shared_tmp, f"{call}:signal=SIGKILL:when={when}")
         assert (status, stdout, stderr) == (-signal.SIGKILL, "", ""), f"at call {when}"
         assert_nothing_left(shared_tmp, when)
@@ -127,9 +124,9 @@ def test_a_launcher_that_is_killed_leaves_nothing(dropin: list[str], shared_tmp:
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("call", TRIED)
 def test_a_system_call_that_fails_stops_the_launch_in_one_line(
-    dropin: list[str], shared_tmp: Path, call: str, error: str
+    dropin: list[str], shared_tmp: Path, counts: dict[str, int], call: str, error: str
 ) -> None:
-    count = counts(dropin[0], shared_tmp)[call]
+    count = counts[call]
     assert count > 0
     for when in places(count):
         status, stdout, stderr = inject(dropin[0], shared_tmp, f"{call}:error={error}:when={when}")

@@ -1,4 +1,4 @@
-"""The test guest under plain QEMU: what the other tests compare with."""
+"""The test guest under plain QEMU: what the other tests compare with. It is the same whoever starts it: root does so once."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def share_options(path: Path, tag: str, model: str) -> list[str]:
     return ["-fsdev", f"local,id={tag},path={path},security_model={model}", "-device", device]
 
 
+@pytest.mark.ordinary
 def test_script_output_and_status_come_back(shared_tmp: Path) -> None:
     result = run_guest(QEMU, "uname -r; echo to stderr >&2; exit 7", tmp=shared_tmp)
     assert result.status == 7, result
@@ -32,6 +33,7 @@ def test_script_output_and_status_come_back(shared_tmp: Path) -> None:
     assert (result.qemu_status, result.stdout, result.stderr) == (0, "", "")
 
 
+@pytest.mark.ordinary
 def test_script_from_a_share(shared_tmp: Path) -> None:
     share = shared_tmp / "share"
     share.mkdir()
@@ -41,12 +43,14 @@ def test_script_from_a_share(shared_tmp: Path) -> None:
     assert (result.status, result.output) == (3, "from the share\n")
 
 
+@pytest.mark.ordinary
 def test_panic_ends_the_run(shared_tmp: Path) -> None:
     result = run_guest(QEMU, "echo c >/proc/sysrq-trigger; sleep 60", tmp=shared_tmp)
     assert result.status is None
     assert "Kernel panic" in result.console
 
 
+@pytest.mark.ordinary
 @pytest.mark.xattr
 def test_mapped_xattr_share(shared_tmp: Path) -> None:
     share = shared_tmp / "share"
@@ -70,6 +74,7 @@ def test_mapped_xattr_share(shared_tmp: Path) -> None:
     assert (share / "device").is_file()
 
 
+@pytest.mark.ordinary
 def test_running_guest_answers_and_powers_off(shared_tmp: Path) -> None:
     with running_guest(QEMU, tmp=shared_tmp) as guest:
         assert guest.run("echo one; echo two >&2; exit 5") == (5, "one\ntwo\n")
@@ -80,6 +85,7 @@ def test_running_guest_answers_and_powers_off(shared_tmp: Path) -> None:
     assert (result.qemu_status, result.stdout, result.stderr) == (0, "", "")
 
 
+@pytest.mark.ordinary
 def test_killed_guest_is_an_error_at_the_next_command(shared_tmp: Path) -> None:
     with running_guest(QEMU, tmp=shared_tmp) as guest:
         guest.process.kill()
