@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from integration.shares import Launch, dropin_words
-from integration.talk import DEADLINE_S, PLAIN, connected, fds_of, started, supervisor_of, wait_until
+from integration.talk import DEADLINE_S, PLAIN, connected, fds_of, started, supervisor_of, wait_main_loop, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -169,11 +169,7 @@ class Vm:
         if number not in self.clients:
             path = self.monitors[0 if self.confined else number]
             found = Client(self.stack.enter_context(connected(path)), negotiate=False)
-            reply = found.ask("qmp_capabilities")
-            if not self.confined and reply == found.greeting:
-                # QEMU 7.2 greets twice who connects just when its monitor's thread takes the socket over.
-                reply = found.reply()
-            assert reply == {"return": {}}
+            assert found.ask("qmp_capabilities") == {"return": {}}
             self.clients[number] = found
         return self.clients[number]
 
@@ -277,6 +273,8 @@ def plugged(
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(started(command, cwd=folder, pass_fds=pass_fds))
         clients = stack.enter_context(contextlib.ExitStack())
+        if launch is None:
+            wait_main_loop(process)
         vm = Vm(process, folder, launch is not None, monitors, clients)
         assert "return" in vm.qmp.ask("query-status")
         yield vm

@@ -179,6 +179,16 @@ def status_of(pid: int) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+def wait_main_loop(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a plain QEMU waits for events, or has ended.
+
+    QEMU 7.2 looks at a new monitor's socket in two threads for a moment: who connects just then may be greeted twice, or stop
+    its main thread, which then waits in accept(2).
+    """
+    wchan = Path(f"/proc/{process.pid}/wchan")
+    wait_until(lambda: process.poll() is not None or "poll" in wchan.read_text(), "QEMU's main loop")
+
+
 def words_of(pid: int) -> list[str]:
     """Return /proc/PID/cmdline."""
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]

@@ -49,6 +49,9 @@ VARYING = [
     (re.compile(r"#block\d+"), "#block"),
     (re.compile(r'((?:micro)?seconds\\?"): \d+'), r"\1: 0"),
     (re.compile(r'(qom-path.{,80}thread-id\\?"|thread-id\\?"(?=: \d{3})|fd\\?"): \d+'), r"\1: 0"),
+    # What the firmware has read by then.
+    (re.compile(r'(rd_(?:bytes|operations|total_time_ns)\\?"): \d+'), r"\1: 0"),
+    (re.compile(r'\\?"idle_time_ns\\?": \d+, '), ""),
 ]
 
 # What belongs to root, and has to be written, gets an fdset of ours: no id map can reach it.
