@@ -605,12 +605,13 @@ def test_starting_again_at_once_on_the_same_path(dropin: list[str], shared_tmp: 
     """The supervisor of the VM before may still be there; it takes nothing away from its successor."""
     for _ in range(5):
         with served(dropin, shared_tmp) as vm:
+            # Before it has bound the path, the supervisor of the one before may still take a client, and end.
+            wait_until(vm.entry.exists, "the first one's entry")
             with vm.client() as client:
                 assert client.ask(STATUS) == RUNNING
             vm.process.kill()
             vm.process.wait()
             with served(dropin, shared_tmp) as again:
-                # Before it has bound the path, the first one's supervisor may still take a client, and end.
                 wait_until(again.entry.exists, "the second one's entry")
                 with again.client() as client:
                     assert client.ask(STATUS) == RUNNING
