@@ -16,8 +16,10 @@ import os
 import select
 import stat
 import sys
-from _socket import AF_INET, AF_INET6, AF_UNIX, SO_PEERCRED, SOCK_CLOEXEC, SOCK_DGRAM, SOL_SOCKET, inet_ntop, inet_pton, socket
+from _socket import AF_INET, AF_INET6, AF_UNIX, SO_PEERCRED, SOL_SOCKET, inet_pton, socket
 from errno import ENOPROTOOPT
+
+from qemu_userns.linux.route import leads_elsewhere
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 _SO_PEERPIDFD = 77
 _SIZE_OF_UCRED = 12
 _IPV4_BYTES, _IPV6_BYTES = 4, 16
-_LOOPBACK = b"\x7f\0\0\1"  # from which the kernel sends to all of 127.0.0.0/8
 _MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 _ALL_IDS = ["0", "0", "4294967295"]
 
@@ -87,7 +88,7 @@ class Peers:
         name = peer.getpeername()
         local, remote = (_parse_endpoint(peer.family, found) for found in (peer.getsockname(), name))
         found = find_tcp_owner((_read_table("tcp"), _read_table("tcp6")), remote, local)
-        if found is None and not _is_of_this_host(name, remote):
+        if found is None and leads_elsewhere(AF_INET if len(remote[0]) == _IPV4_BYTES else AF_INET6, remote[0]):
             return ""
         # One that was reset is in no table any more, and of one that was closed the uid means nothing; what it has sent is there.
         uid, inode = found or (0, 0)
@@ -220,18 +221,6 @@ def _read_table(name: str) -> str:
             return file.read()
     except FileNotFoundError:
         return ""
-
-
-def _is_of_this_host(name: "tuple[str, int]", endpoint: "Endpoint") -> bool:
-    """Tell whether a peer's address is one of this host's: what goes to such a one comes from it too."""
-    address, port = endpoint
-    family, target = (AF_INET, (inet_ntop(AF_INET, address), port)) if len(address) == _IPV4_BYTES else (AF_INET6, name)
-    probe = socket(family, SOCK_DGRAM | SOCK_CLOEXEC)
-    try:
-        probe.connect(target)  # sends nothing
-        return _parse_endpoint(family, probe.getsockname())[0] in (address, _LOOPBACK)
-    finally:
-        probe.close()
 
 
 def _parse_endpoint(family: int, name: "tuple[str, int]") -> "Endpoint":

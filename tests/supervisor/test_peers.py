@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
+import subprocess
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,11 +17,13 @@ from qemu_userns.linux import process
 from qemu_userns.plan.identity import DIRECT, Identity, MapEntry
 from qemu_userns.supervisor import peers
 from qemu_userns.supervisor.peers import Peers, find_stranger, find_tcp_owner
-from tests.forked import in_child
+from tests.forked import in_child, in_namespaces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+CLONE_NEWNET = 0x40000000
+IP_FREEBIND = 15
 ME = os.geteuid()
 SOMEBODY = 4242
 DEADLINE_S = 30
@@ -215,6 +221,88 @@ def test_a_tcp_socket_of_two_processes(listener: socket.socket, inside: bool) ->
 
         with elsewhere(lambda: client), elsewhere(hold):
             assert ("may be QEMU" in fault_of(listener, ME)) == inside
+
+
+def ip(*lines: str) -> None:
+    for line in lines:
+        subprocess.run(["ip", *line.split()], check=True)
+
+
+def enter_network(*addresses: str) -> None:
+    """Enter a network namespace whose loopback interface has more addresses."""
+    process.unshare(CLONE_NEWNET)
+    ip("link set lo up", *(f"address add {address} dev lo{' nodad' if ':' in address else ''}" for address in addresses))
+
+
+@pytest.mark.userns
+def test_peers_of_this_host_that_are_in_no_table_any_more() -> None:
+    """What they have sent is there to be read; each address of this host's may be QEMU's."""
+    pairs = [
+        ("10.9.0.1", "10.9.0.2"),
+        ("127.0.0.1", "127.0.0.9"),
+        ("::ffff:10.9.0.1", "::ffff:10.9.0.2"),
+        ("2001:db8::1", "2001:db8::2"),
+        ("2001:db8::1", "fe80::9%lo"),
+        ("2001:db8::1", "2001:db8:1::7"),
+    ]
+
+    def send(host: str, source: str, stack: contextlib.ExitStack) -> socket.socket:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = stack.enter_context(socket.socket(family))
+        listener.bind((host, 0))
+        listener.listen()
+        with socket.socket(family) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)  # seconds in FIN_WAIT2 once it is closed
+            client.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
+            client.bind(socket.getaddrinfo(source, 0, family)[0][4])
+            client.connect(listener.getsockname())
+            client.send(b"x")
+        return listener
+
+    def judge() -> list[str]:
+        enter_network("10.9.0.1/24", "10.9.0.2/24", "2001:db8::1/64", "2001:db8::2/64", "fe80::9/64")
+        ip("-6 route add local 2001:db8:1::/64 dev lo")
+        with contextlib.ExitStack() as stack:
+            listeners = [send(*pair, stack) for pair in pairs]
+            end = time.monotonic() + DEADLINE_S
+            tables = [Path("/proc/self/net", name) for name in ("tcp", "tcp6")]
+            while any(re.search(" 0[456] ", table.read_text()) for table in tables):  # TCP_FIN_WAIT1, 2, TIME_WAIT
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            return [fault_of(listener, os.geteuid()) for listener in listeners]
+
+    faults = in_namespaces(judge)
+    assert [fault.endswith(" is closed") for fault in faults] == [True] * len(pairs), faults
+
+
+@pytest.mark.userns
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_peer_elsewhere(ends: bool) -> None:
+    """In another network namespace, as on another host; plain QEMU reads what it has sent, also when it has closed since."""
+
+    def judge() -> str:
+        enter_network()
+        ip("link add v0 type veth peer name v1", "address add 10.8.0.1/24 dev v0", "link set v0 up")
+        ours = os.getpid()
+        with socket.create_server(("10.8.0.1", 0)) as listener:
+
+            def call() -> socket.socket:
+                process.unshare(CLONE_NEWNET)
+                here = ["nsenter", f"--net=/proc/{ours}/ns/net"]
+                subprocess.run([*here, "ip", "link", "set", "v1", "netns", str(os.getpid())], check=True)
+                ip("address add 10.8.0.2/24 dev v1", "link set v1 up")
+                if ends:
+                    with connect(listener) as first:
+                        first.send(b"x")
+                return connect(listener)
+
+            with elsewhere(call):
+                fault = fault_of(listener, os.geteuid())
+                if ends:
+                    listener.accept()[0].close()
+                return fault
+
+    assert in_namespaces(judge) == ""
 
 
 def test_who_has_no_uid_is_a_stranger_where_users_are_named(listener: socket.socket) -> None:
