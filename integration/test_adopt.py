@@ -95,6 +95,29 @@ def test_clients_see_one_end_and_a_new_greeting(tmp_path: Path) -> None:
         wait_until(lambda: not path.exists(), "the socket's end")
 
 
+@pytest.mark.strace
+def test_what_objects_hold_is_known_after_an_adoption_that_was_killed(tmp_path: Path) -> None:
+    disk = image(tmp_path)
+    with running_vm(tmp_path) as (pid, path):
+        with client_of(path) as qmp:
+            qmp.execute("blockdev-add", driver="file", filename=str(disk), **{"node-name": "a"})
+        before = registry.read_entry(str(HOME), pid)
+        assert before.held
+        kill_supervisor(pid)
+        stay = f"inject=/^rename:delay_exit=2s"
+        words = ["strace", "-f", "-o", "/dev/null", "-e", "trace=/^rename", "-e", stay, OURS, "adopt", str(pid)]
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL):
+            wait_until(lambda: registry.read_entry(str(HOME), pid).supervisor != before.supervisor, "the first save")
+            after = registry.read_entry(str(HOME), pid)
+            os.kill(after.supervisor, signal.SIGKILL)
+        assert after.held == before.held
+        adopt(str(pid))
+        with client_of(path) as qmp:
+            qmp.execute("blockdev-del", **{"node-name": "a"})
+            wait_until(lambda: mounts_of(pid, disk) == 0, "the bind's end")
+            assert qmp.execute("query-fdsets") == []
+
+
 def test_what_objects_hold_is_known_and_taken_back(tmp_path: Path) -> None:
     disk, other = image(tmp_path), image(tmp_path, "other.img")
     with running_vm(tmp_path) as (pid, path):

@@ -56,8 +56,7 @@ def take_over(directory: str, pid: int, poller: "Poller") -> "tuple[State, int, 
         state, fds = _open_all(entry.state, made)
         os.umask(0o077)
         server = Server(state, poller, lambda _: pidfd)
-        server.serve(fds)
-        server.restore(entry.held)
+        server.serve(fds, entry.held)
     except BaseException:
         remove(made.values())
         raise

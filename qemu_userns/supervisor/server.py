@@ -56,8 +56,13 @@ class Server:
         self._brokers: "list[Broker]" = []
         self._pid = 0
 
-    def serve(self, fds: "Sequence[int]") -> None:
-        """Serve the monitors; takes the fds over: of each monitor its public end and the way in, then our own sockets."""
+    def serve(self, fds: "Sequence[int]", held: "Iterable[Held]" = ()) -> None:
+        """Serve the monitors.
+
+        Args:
+            fds: of each monitor its public end and the way in, then our own sockets; taken over.
+            held: what an earlier supervisor has handed out.
+        """
         left = list(fds)
         for monitor in self._name_sockets(left):
             public = [left.pop(0) for _ in range(monitor.public_count)]
@@ -67,18 +72,9 @@ class Server:
         by_label = {broker.monitor.label: broker for broker in self._brokers}
         for grant in self._state.sockets:
             by_label[grant.label].listen(left.pop(0), grant.rights)
+        self._restore(tuple(held))
         if not self._state.daemonizes:
-            self._hear_pid(self._state.pid)
-
-    def restore(self, held: "Iterable[Held]") -> None:
-        """Take over what an earlier supervisor has handed out."""
-        items = tuple(held)
-        self._opener.restore(items)
-        for item in items:
-            for broker in self._brokers:
-                if broker.monitor.label == item.label:
-                    broker.restore(item.owner, item.number, item.fdsets)
-        self._save()
+            self._hear_pid(self._state.pid)  # which writes down what is held, so that must be known
 
     def has_more(self) -> bool:
         """Say whether QEMU's last words are still to be read, or to be passed on."""
@@ -100,6 +96,14 @@ class Server:
     def find_downscripts(self) -> "tuple[Downscript, ...]":
         """Return the scripts of what was plugged in and is there still."""
         return self._opener.find_downscripts()
+
+    def _restore(self, held: "tuple[Held, ...]") -> None:
+        """Take over what an earlier supervisor has handed out."""
+        self._opener.restore(held)
+        for item in held:
+            for broker in self._brokers:
+                if broker.monitor.label == item.label:
+                    broker.restore(item.owner, item.number, item.fdsets)
 
     def _name_sockets(self, fds: "list[int]") -> "tuple[Monitor, ...]":
         """Return the monitors; a listening socket that was inherited may have a path too, which QEMU would remove at its end."""
