@@ -5,7 +5,7 @@ it would have the supervisor open for it what it names; so would the QEMU of ano
 
 1. A uid that QEMU has not: it is not QEMU.
 2. Else its process has to be in the supervisor's own user namespace, which nobody gets back to who is in QEMU's or below it.
-3. Nor may it be a process of ours. These connect and listen with the caller's rights at paths that QEMU may have replaced, and
+3. Nor may it be a process of ours, also one that has ended since. These connect and listen with the caller's rights at paths that QEMU may have replaced, and
    QEMU gets the socket: the launcher, which becomes QEMU, and the workers, which are the supervisor's children.
 
 A unix socket tells both, of who called connect(2), or listen(2) where the monitor connects. TCP tells of a peer on this host only
@@ -17,13 +17,13 @@ import select
 import stat
 import sys
 from _socket import AF_INET, AF_INET6, AF_UNIX, SO_PEERCRED, SOL_SOCKET, inet_pton, socket
-from errno import ENOPROTOOPT
+from errno import EINVAL, ENOPROTOOPT
 
 from qemu_userns.linux.route import leads_elsewhere
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from qemu_userns.plan.identity import Identity
 
@@ -34,20 +34,23 @@ _SO_PEERPIDFD = 77
 _SIZE_OF_UCRED = 12
 _IPV4_BYTES, _IPV6_BYTES = 4, 16
 _MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
+_IS_QEMU = "is QEMU, or works for it"
+_IS_INSIDE = "is in another user namespace, and may be QEMU"
 _ALL_IDS = ["0", "0", "4294967295"]
 
 
 class Peers:
     """Tells clients from QEMU."""
 
-    def __init__(self, identity: "Identity", launcher: int) -> None:
+    def __init__(self, identity: "Identity", launcher: int, children: "Collection[int]" = ()) -> None:
         """Know QEMU.
 
         Args:
             identity: who it is.
             launcher: pid of the process that becomes QEMU, or of QEMU.
+            children: pids of the supervisor's latest children, also of those that have ended; others may be put in later.
         """
-        self._uid_map, self._launcher = identity.uid_map, launcher
+        self._uid_map, self._launcher, self._children = identity.uid_map, launcher, children
 
     def find_fault(self, fd: int) -> str:
         """Return why the peer of a connected socket, which is borrowed, may not be a client; "" if it may."""
@@ -66,21 +69,34 @@ class Peers:
             return ""
         if not pid:
             return f"its process, of uid {uid}, is out of sight"
-        pidfd = _open_process(peer, pid)
         try:
-            fault = self._judge_process(pid, uid)
-            if _has_ended(pidfd):  # else the pid has been its own all the time
-                fault = "has ended"
-        finally:
-            os.close(pidfd)
+            fault = self._judge_process(peer, pid, uid)
+        except (FileNotFoundError, ProcessLookupError):
+            fault = self._judge_ended(pid, uid)
         return fault and f"process {pid} of uid {uid} {fault}"
 
-    def _judge_process(self, pid: int, uid: int) -> str:
-        if pid == self._launcher or _find_parent(pid) == os.getpid():
-            return "is QEMU, or works for it"
-        if self._is_mapped(uid) and not _is_beside(pid):
-            return "is in another user namespace, and may be QEMU"
-        return ""
+    def _judge_process(self, peer: socket, pid: int, uid: int) -> str:
+        """Judge the process that a peer's credentials name.
+
+        Raises:
+            ProcessLookupError, FileNotFoundError: it has ended.
+        """
+        pidfd = _open_process(peer, pid)
+        try:
+            if pid == self._launcher or _find_parent(pid) == os.getpid():
+                return _IS_QEMU
+            fault = _IS_INSIDE if self._is_mapped(uid) and not _is_beside(pid) else ""
+            if _has_ended(pidfd):  # else the pid has been its own all the time
+                raise ProcessLookupError
+            return fault
+        finally:
+            os.close(pidfd)
+
+    def _judge_ended(self, pid: int, uid: int) -> str:
+        """Judge a process that is there no more: one with a uid that QEMU has may have been in any namespace."""
+        if pid == self._launcher or pid in self._children:
+            return _IS_QEMU
+        return "has ended, and may have been QEMU" if self._is_mapped(uid) else ""
 
     def _judge_tcp(self, peer: socket) -> str:
         if peer.family not in (AF_INET, AF_INET6):
@@ -156,11 +172,14 @@ def _open_process(peer: socket, pid: int) -> int:
     """Return an owned pidfd of a unix socket's peer.
 
     Raises:
-        OSError: it has ended.
+        ProcessLookupError: it has ended.
+        OSError: there are too many fds.
     """
     try:
         return peer.getsockopt(SOL_SOCKET, _SO_PEERPIDFD)
     except OSError as err:
+        if err.errno == EINVAL:  # net/core/sock.c, kernel/pid.c: pidfd_prepare() of one that is reaped
+            raise ProcessLookupError from err
         if err.errno != ENOPROTOOPT:
             raise
     # Before Linux 6.5 another process may have the pid by now. For that QEMU would have to use up all pids before the supervisor,

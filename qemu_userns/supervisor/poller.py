@@ -2,6 +2,7 @@
 
 import select
 import time
+from collections import deque
 
 from qemu_userns.errors import describe_bug
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
 IN, OUT, HUP, ERR = select.POLLIN, select.POLLOUT, select.POLLHUP, select.POLLERR
 
+_MOST_CHILDREN = 4096
+
 
 class Poller:
     """The main loop's fds and timers."""
@@ -18,6 +21,7 @@ class Poller:
     def __init__(self) -> None:
         """Start with none."""
         self.report: "Callable[[str], None] | None" = None  # told of what nobody expected; without one, that ends the process
+        self.children: "deque[int]" = deque(maxlen=_MOST_CHILDREN)  # pids of workers (worker.py), also of those that have ended
         self._poll = select.poll()
         self._callbacks: "dict[int, tuple[Callable[[int], None], Callable[[], None] | None]]" = {}
         self._timers: "list[tuple[float, Callable[[], None]]]" = []

@@ -51,7 +51,7 @@ class Server:
         self._log = Log()
         poller.report = self._log.write
         self._opener = Opener(state, poller, self._log.write, self._save)
-        peers = Peers(state.identity, state.pid)
+        peers = Peers(state.identity, state.pid, poller.children)
         self._host = Host(poller, self._opener, peers, self._log.write, self._hear_pid, self._tell_removed, self._find_names)
         self._brokers: "list[Broker]" = []
         self._pid = 0

@@ -67,6 +67,7 @@ def start_worker(poller: "Poller", work: "Work", done: "Done", timeout_s: float,
     if pid == 0:
         _run_child(theirs, work, kept)
     theirs.close()
+    poller.children.append(pid)
     over = False
 
     def hear(_: int) -> None:

@@ -20,7 +20,7 @@ from qemu_userns.supervisor.peers import Peers, find_stranger, find_tcp_owner
 from tests.forked import in_child, in_namespaces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 CLONE_NEWNET = 0x40000000
 IP_FREEBIND = 15
@@ -93,12 +93,12 @@ def connect(listener: socket.socket) -> socket.socket:
     return client
 
 
-def fault_of(listener: socket.socket, uid: int, launcher: int = 0) -> str:
+def fault_of(listener: socket.socket, uid: int, launcher: int = 0, children: Collection[int] = ()) -> str:
     """Accept a client, and judge it; QEMU has just one uid."""
     with listener.accept()[0] as accepted:
         entries = (MapEntry(0, uid, 1),)
         identity = Identity(uid, uid, (), False, DIRECT, entries, entries, "")
-        return Peers(identity, launcher).find_fault(accepted.fileno())
+        return Peers(identity, launcher, children).find_fault(accepted.fileno())
 
 
 def enter_own_namespace() -> None:
@@ -205,6 +205,28 @@ def test_a_peer_that_has_gone(listener: socket.socket, way: str) -> None:
 
     in_child(go)
     assert "is turned away: " in fault_of(listener, ME)
+
+
+@pytest.mark.parametrize("pidfd", [True, False])
+@pytest.mark.parametrize("listener", ["unix"], indirect=True)
+def test_a_peer_that_has_gone_and_cannot_be_qemu(
+    listener: socket.socket, pidfd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the supervisor's uid, or with it and none of its children; plain QEMU reads what such clients have sent."""
+    if not pidfd:
+        monkeypatch.setattr(peers, "_SO_PEERPIDFD", 9999)
+
+    def go() -> int:
+        with connect(listener) as client:
+            client.send(b"x")
+        return os.getpid()
+
+    in_child(go)
+    assert fault_of(listener, SOMEBODY) == ""
+    assert "is QEMU, or works for it" in fault_of(listener, SOMEBODY, launcher=in_child(go))
+    assert "is QEMU, or works for it" in fault_of(listener, SOMEBODY, children=[in_child(go)])
+    in_child(go)
+    assert "has ended" in fault_of(listener, ME)
 
 
 @pytest.mark.userns
