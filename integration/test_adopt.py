@@ -95,6 +95,27 @@ def test_clients_see_one_end_and_a_new_greeting(tmp_path: Path) -> None:
         wait_until(lambda: not path.exists(), "the socket's end")
 
 
+def test_a_vm_whose_lock_another_process_holds_is_not_registered(tmp_path: Path) -> None:
+    """Two supervisors would write its entry, and one of them remove it."""
+    path = tmp_path / "qmp"
+    words = ["sh", "-c", 'read go; exec "$@" </dev/null', "sh", DROPIN, *IDLE, "-qmp", f"unix:{path},server=on,wait=off"]
+    with started(words, stdin=subprocess.PIPE) as process:
+        lock = registry.lock_entry(registry.open_registry(os.geteuid()), process.pid)
+        assert lock is not None
+        try:
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+            process.stdin.close()
+            with client_of(path) as qmp:
+                assert not (HOME / f"{process.pid}.json").exists()
+                qmp.execute("quit")
+            process.wait(DEADLINE_S)
+            assert [file.name for file in HOME.glob(f"{process.pid}.*")] == [f"{process.pid}.lock"]
+        finally:
+            (HOME / f"{process.pid}.lock").unlink()
+            os.close(lock)
+
+
 @pytest.mark.strace
 def test_what_objects_hold_is_known_after_an_adoption_that_was_killed(tmp_path: Path) -> None:
     disk = image(tmp_path)
@@ -104,7 +125,7 @@ def test_what_objects_hold_is_known_after_an_adoption_that_was_killed(tmp_path: 
         before = registry.read_entry(str(HOME), pid)
         assert before.held
         kill_supervisor(pid)
-        stay = f"inject=/^rename:delay_exit=2s"
+        stay = "inject=/^rename:delay_exit=2s"
         words = ["strace", "-f", "-o", "/dev/null", "-e", "trace=/^rename", "-e", stay, OURS, "adopt", str(pid)]
         with subprocess.Popen(words, stdout=subprocess.DEVNULL):
             wait_until(lambda: registry.read_entry(str(HOME), pid).supervisor != before.supervisor, "the first save")

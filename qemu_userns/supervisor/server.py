@@ -184,6 +184,8 @@ class Server:
         directory, pid = registry.open_registry(os.geteuid()), self._pid
         registry.sweep(directory, [item.path for item in self._state.leftovers])
         self._lock = registry.lock_entry(directory, pid)
+        if self._lock is None:
+            raise HostError(f"{directory}/{pid}.lock", "another process holds the lock")
         self._directory = directory
         self._log.open(f"{directory}/{pid}.log")
         self._brokers[0].listen(_listen(f"{directory}/{pid}.qmp"), Rights())
