@@ -22,7 +22,7 @@ from qemu_userns.qmp.policy import Policy
 from qemu_userns.qmp.session import Session
 from qemu_userns.supervisor.connection import Connection
 from qemu_userns.supervisor.devices import describe_device
-from qemu_userns.supervisor.listener import Listener
+from qemu_userns.supervisor.listener import Listener, admit
 from qemu_userns.supervisor.peers import find_stranger
 
 TYPE_CHECKING = False
@@ -127,20 +127,22 @@ class Broker:
 
     def join(self, public: "Sequence[int]", lost: "Callable[[], None]") -> None:
         """Take the one client of a monitor that does not listen, if it may be one; see `serve`."""
-        if self._admits(public[0], self.monitor.rights, known=self.monitor.kind != CONNECT):
-            self.add_client(public[0], public[-1], self.monitor.rights, lost)
-            return
-        for fd in set(public):
-            os.close(fd)
-        lost()
+        rights = self.monitor.rights
+        if admit(public, lambda fd: self._admits(fd, rights, known=self.monitor.kind != CONNECT)):
+            self.add_client(public[0], public[-1], rights, lost)
+        else:
+            lost()
 
     def listen(self, fd: int, rights: "Rights", own: bool = False) -> None:
         """Take the clients of a listening socket, which may be the monitor's own; takes it over."""
 
+        def admits(client: int) -> bool:
+            return self._admits(client, rights, known=False) and self._has_room()
+
         def take(client: int) -> None:
             self._take(client, rights, own)
 
-        self._listeners.append(Listener(self._host.poller, fd, take, self._log))
+        self._listeners.append(Listener(self._host.poller, fd, admits, take, self._log))
 
     def add_client(self, read_fd: int, write_fd: int, rights: "Rights", lost: "Callable[[], None] | None" = None) -> None:
         """Take a client; its fds are taken over."""
@@ -190,14 +192,7 @@ class Broker:
             self._qemu.close()
 
     def _take(self, client: int, rights: "Rights", own: bool) -> None:
-        """Take a client of a listening socket, if it may be one."""
-        if not self._admits(client, rights, known=False):
-            os.close(client)
-            return
-        if len(self._clients) + len(self._leaving) >= _MOST_CLIENTS:
-            os.close(client)
-            self._log(f"a client is turned away: {_MOST_CLIENTS} are there")
-            return
+        """Take a client of a listening socket."""
         if own and self._qemu is None and not self.ended:  # another socket's client is not the one that QEMU waits for
             self.connect_qemu()
         self.add_client(client, client, rights)
@@ -216,6 +211,13 @@ class Broker:
         if fault:
             self._log(f"a client {fault}")
         return not fault
+
+    def _has_room(self) -> bool:
+        """Tell whether one more client can be served."""
+        full = len(self._clients) + len(self._leaving) >= _MOST_CLIENTS
+        if full:
+            self._log(f"a client is turned away: {_MOST_CLIENTS} are there")
+        return not full
 
     def _hear_client(self, number: int, data: bytes, fds: "tuple[int, ...]") -> None:
         if data:

@@ -7,7 +7,7 @@ from qemu_userns.supervisor.poller import IN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from qemu_userns.supervisor.poller import Poller
 
@@ -18,17 +18,25 @@ _FDS_OF_CLIENT = 3  # its own, and two to find out who it is (peers.py)
 class Listener:
     """Accepts one client after the other."""
 
-    def __init__(self, poller: "Poller", fd: int, take: "Callable[[int], None]", log: "Callable[[str], None]") -> None:
+    def __init__(
+        self,
+        poller: "Poller",
+        fd: int,
+        admits: "Callable[[int], bool]",
+        take: "Callable[[int], None]",
+        log: "Callable[[str], None]",
+    ) -> None:
         """Begin to listen.
 
         Args:
             poller: calls back.
             fd: of the socket; taken over.
-            take: called with an owned fd of each client.
+            admits: called with a borrowed fd of each client; tells whether it may be one.
+            take: called with an owned fd of each client that may.
             log: takes a line.
         """
         os.set_blocking(fd, False)  # as QEMU does: another process may have it too, and take the client first
-        self._poller, self._socket, self._take, self._log = poller, socket(fileno=fd), take, log
+        self._poller, self._socket, self._admits, self._take, self._log = poller, socket(fileno=fd), admits, take, log
         self._closed = False
         self._full = False  # the last client could not be accepted
         self._watch()
@@ -57,7 +65,20 @@ class Listener:
             self._poller.call_later(_FULL_PAUSE_S, self._watch)
             return
         self._full = False
-        self._take(client)
+        if admit((client,), self._admits):
+            self._take(client)
+
+
+def admit(fds: "Collection[int]", admits: "Callable[[int], bool]") -> bool:
+    """Tell whether a client may be one, by the first of its fds; closes them where it may not, or that cannot be told."""
+    admitted = False
+    try:
+        admitted = admits(next(iter(fds)))
+    finally:
+        if not admitted:
+            for fd in set(fds):
+                os.close(fd)
+    return admitted
 
 
 def _try_room(fd: int) -> None:
