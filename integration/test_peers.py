@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from integration.brokered import NEGOTIATE, STATUS, Raw, Served, open_raw, served
+from integration.brokered import STATUS, Raw, Served, open_raw, served
 from integration.talk import DEADLINE_S, as_user, connected, home_of, outcome, qmp_over, wait_until
 from qemu_userns.linux import process
 from tests.forked import in_child
@@ -112,6 +112,16 @@ def test_a_unix_socket_in_qemus_view(start: StartVm, options: tuple[str, ...]) -
         assert client.ask(STATUS) == RUNNING
         with vm.client() as other:
             assert other.ask(STATUS) == RUNNING
+
+
+def test_qemu_does_not_fill_the_log(start: StartVm) -> None:
+    with start() as vm, vm.client() as client:
+        path = str(vm.path)
+        for _ in range(5):
+            assert inside(vm, lambda: first_words(socket.AF_UNIX, path)) == b""
+        assert client.ask(STATUS) == RUNNING
+        assert_turned_away(vm, INSIDE)
+        assert vm.log.count("is turned away") == 1
 
 
 def test_a_socket_of_ours_in_qemus_view(start: StartVm, share: Path) -> None:

@@ -23,6 +23,7 @@ from qemu_userns.qmp.session import Session
 from qemu_userns.supervisor.connection import Connection
 from qemu_userns.supervisor.devices import describe_device
 from qemu_userns.supervisor.listener import Listener, admit
+from qemu_userns.supervisor.log import Seldom
 from qemu_userns.supervisor.peers import find_stranger
 
 TYPE_CHECKING = False
@@ -96,6 +97,7 @@ class Broker:
         self._todo: "deque[Action]" = deque()
         self._at_work = False
         self._last_client = 0
+        self._faults = Seldom(self._log)  # QEMU may come again and again
 
     def serve(self, public: "list[int]", lost: "Callable[[], None]") -> None:
         """Serve what the monitor's grant says.
@@ -209,14 +211,14 @@ class Broker:
         """
         fault = find_stranger(fd, rights.users) or ("" if known else self._host.peers.find_fault(fd))
         if fault:
-            self._log(f"a client {fault}")
+            self._faults.tell(f"a client {fault}")
         return not fault
 
     def _has_room(self) -> bool:
         """Tell whether one more client can be served."""
         full = len(self._clients) + len(self._leaving) >= _MOST_CLIENTS
         if full:
-            self._log(f"a client is turned away: {_MOST_CLIENTS} are there")
+            self._faults.tell(f"a client is turned away: {_MOST_CLIENTS} are there")
         return not full
 
     def _hear_client(self, number: int, data: bytes, fds: "tuple[int, ...]") -> None:

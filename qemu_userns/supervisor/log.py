@@ -6,6 +6,11 @@ import time
 
 _MAX_BYTES = 1 << 20
 _MAX_WAITING = 100
+_QUIET_S = 600.0
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Log:
@@ -48,3 +53,23 @@ class Log:
                 os.write(self._fd, data)
             except OSError:
                 self._size_bytes = _MAX_BYTES
+
+
+class Seldom:
+    """Lines that somebody else can bring about as often as he likes: each is written once in a while, lest they fill the log."""
+
+    def __init__(self, write: "Callable[[str], None]") -> None:
+        """Start with none; `write` takes a line."""
+        self._write = write
+        self._told: "dict[str, tuple[float, int]]" = {}  # when it was written last, and how often it was not since
+
+    def tell(self, text: str) -> None:
+        """Write a line, unless one that differs in numbers only has been written lately."""
+        kind = "".join(character for character in text if not character.isdigit())
+        before, count = self._told.get(kind, (-_QUIET_S, 0))
+        now = time.monotonic()
+        if now - before < _QUIET_S:
+            self._told[kind] = (before, count + 1)
+            return
+        self._told[kind] = (now, 0)
+        self._write(text + (f" (and {count} before it)" if count else ""))

@@ -5,8 +5,9 @@ it would have the supervisor open for it what it names; so would the QEMU of ano
 
 1. A uid that QEMU has not: it is not QEMU.
 2. Else its process has to be in the supervisor's own user namespace, which nobody gets back to who is in QEMU's or below it.
-3. Nor may it be a process of ours, also one that has ended since. These connect and listen with the caller's rights at paths that QEMU may have replaced, and
-   QEMU gets the socket: the launcher, which becomes QEMU, and the workers, which are the supervisor's children.
+3. Nor may it be a process of ours, also one that has ended since. These connect and listen with the caller's rights at paths that
+   QEMU may have replaced, and QEMU gets the socket: the launcher, which becomes QEMU, and the workers, which are the supervisor's
+   children.
 
 A unix socket tells both, of who called connect(2), or listen(2) where the monitor connects. TCP tells of a peer on this host only
 the uid, in /proc/net/tcp: processes have to be found that hold the socket. A peer elsewhere is not known to anybody.
