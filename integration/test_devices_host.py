@@ -48,8 +48,9 @@ def test_a_guests_number_is_nobody_elses(launch: Launch, shared_tmp: Path) -> No
         status, _, stderr = outcome([*dropin_words(), *launch.options], *PC, "-device", device)
         assert status == 1
         assert stderr.splitlines()[0] == (f"qemu-userns: -device vhost-vsock-pci guest-cid={CID}: another VM has this number")
-        with plugged(shared_tmp / "second", launch, machine=PC) as other, other.balanced():
-            desc = other.qmp.refused("device_add", driver="vhost-vsock-pci", id="v", guest_cid=CID)
+        with plugged(shared_tmp / "second", launch, machine=PC) as other:
+            with other.balanced():
+                desc = other.qmp.refused("device_add", driver="vhost-vsock-pci", id="v", guest_cid=CID)
             assert desc.startswith(f"device_add vhost-vsock-pci guest-cid={CID}: another VM has this number")
             other.qmp.execute("device_add", driver="vhost-vsock-pci", id="v", guest_cid=CID + 1, bus="pci.0")
 

@@ -27,6 +27,12 @@ def find_sys_directory(device: int) -> str:
     return f"/sys/dev/char/{major}:{minor}/device"
 
 
+def find_cancel_files(node: str) -> "tuple[str, ...]":
+    """Return where QEMU looks for the file that cancels a TPM's command; tpm_passthrough_open_sysfs_cancel."""
+    name = node.rpartition("/")[2]
+    return tuple(f"/sys/class/{kind}/{name}/device/cancel" for kind in ("tpm", "misc"))
+
+
 def find_usb_node(obj: "Object") -> "str | None":
     """Return the node of a USB device that is named by bus and address, or the directory of all where it is named otherwise."""
     bus, address, *others = (_read_number(obj.get(key)) for key in ("hostbus", "hostaddr", "vendorid", "productid"))

@@ -205,7 +205,7 @@ ROWS: "tuple[Row, ...]" = (
     Row("netdev", "remote.path", ways.SOCKET, (("type", ("dgram",)),)),
     Row("netdev", "sock", ways.WRITE_DIRECTORY, (("type", ("vde",)),)),
     # Devices
-    Row("tpmdev", "path", ways.DEVICE),
+    Row("tpmdev", "path", ways.TPM),
     Row("tpmdev", "cancel-path", ways.WRITE),
     _open_for("device", "driver", _with_buses("vhost-vsock"), "/dev/vhost-vsock", "vhostfd"),
     _open_for("device", "driver", _with_buses("vhost-scsi"), "/dev/vhost-scsi", "vhostfd"),

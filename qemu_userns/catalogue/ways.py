@@ -24,6 +24,7 @@ LISTEN = "listen"  # a unix socket that is listened on
 PIPE = "pipe"  # FILE.in and FILE.out, or FILE
 DEVICE = "device"  # a device node
 OPEN = "open"  # a device node that QEMU opens by itself, or takes as an fd
+TPM = "tpm"  # a TPM of the host, with the file by which a command of its is cancelled
 RENDER = "render node"  # of a graphics card, or the directory of all, where QEMU takes the first one that it may open
 TAP = "tap"  # a tap, which QEMU opens by /dev/net/tun, or takes as fds
 BRIDGE = "bridge"  # a tap that a set-uid program makes and opens: qemu-bridge-helper

@@ -7,7 +7,7 @@ import stat
 import struct
 
 from qemu_userns.catalogue import ways
-from qemu_userns.catalogue.buses import RENDER_NODES, RENDER_PREFIX, find_sys_directory
+from qemu_userns.catalogue.buses import RENDER_NODES, RENDER_PREFIX, find_cancel_files, find_sys_directory
 from qemu_userns.catalogue.images import find_layer
 from qemu_userns.catalogue.needs import names_tap
 from qemu_userns.host.paths import PathWalker
@@ -103,6 +103,8 @@ def _candidates(need: "Need") -> "tuple[str, ...]":
         return HELPERS
     if need.way == ways.READ_MODULES:
         return (*(module.partition(" ")[0] for module in need.path.split(",")), need.path)
+    if need.way == ways.TPM:
+        return (*find_cancel_files(need.path), need.path)
     if need.way == ways.RENDER:
         nodes = [f"{RENDER_NODES}/{name}" for name in _list_render_nodes()] if need.path == RENDER_NODES else [need.path]
         return (*(path for node in nodes for path in (*_find_sys_directory(node), node)), need.path)

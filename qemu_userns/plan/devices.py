@@ -1,6 +1,6 @@
 """Hand over device nodes: shown where QEMU opens them, or opened outside. Pure."""
 
-from qemu_userns.catalogue.buses import USB_NODES, find_sys_directory
+from qemu_userns.catalogue.buses import USB_NODES, find_cancel_files, find_sys_directory
 from qemu_userns.cmdline.source import append, remove, replace
 from qemu_userns.plan.base import KVM
 from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, DIRECTORY, MISSING, REGULAR
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qemu_userns.cmdline.objects import CommandLine, Object
     from qemu_userns.plan.draft import Draft
 
-_O_RDWR = 2
+_O_WRONLY, _O_RDWR = 1, 2
 _WITH_KVM_DEVICE = (9, 0)  # -accel kvm,device=
 _WITH_IOMMUFD = (9, 0)
 _TERMINALS = "/dev/pts"
@@ -115,6 +115,25 @@ def show_render_node(draft: "Draft", need: "Need", commandline: "CommandLine") -
         card = draft.path(find_sys_directory(draft.path(node.path).device))
         if card.kind == DIRECTORY:
             draft.bind(card, False, need.describe())
+
+
+def show_tpm(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Show a TPM, and unless it is named the file that cancels its commands; without one QEMU says so."""
+    show_node(draft, need, commandline)
+    if need.obj.get("cancel-path"):
+        return
+    why = need.describe()
+    for path in find_cancel_files(need.path):
+        fact = draft.path(path)
+        if fact.kind != REGULAR or not draft.caller_may(fact, WRITE):
+            continue
+        if draft.may(fact, WRITE):
+            draft.bind(fact, True, why)
+        else:
+            fdset = draft.next_fdset()
+            draft.pass_file(OpenFd(why, fact.real, path, _O_WRONLY, draft.next_fd(), fdset, fact.inode))
+            draft.edits.append(append(need.obj, "cancel-path", f"/dev/fdset/{fdset}", f"{path} is opened outside"))
+        return
 
 
 def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:

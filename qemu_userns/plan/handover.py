@@ -357,6 +357,7 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.BRIDGE: _network,
     ways.VHOST: _network,
     ways.USB: devices.show_usb,
+    ways.TPM: devices.show_tpm,
     ways.RENDER: devices.show_render_node,
     ways.VFIO: devices.show_vfio,
     ways.LOCK: devices.lock_memory,

@@ -241,7 +241,7 @@ CASES = [
         )
     ],
     # Devices
-    case("-tpmdev passthrough,id=t,path=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
+    case("-tpmdev passthrough,id=t,path=/x/char", ways.TPM, "/x/char", "device /x/char"),
     case("-tpmdev passthrough,id=t,cancel-path=/x/file", ways.WRITE, "/x/file", RW),
     *[
         case(f"-device vhost-{kind}-{bus}", ways.OPEN, f"/dev/vhost-{kind}", f"open /dev/vhost-{kind} rw alone")

@@ -9,7 +9,7 @@ import pytest
 
 from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 from qemu_userns.cli.explain import describe_plan
-from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, MISSING, Account, PagesFact, PathFact
+from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, MISSING, REGULAR, Account, PagesFact, PathFact
 from qemu_userns.plan.grants import LockLimit, OpenFd, Refuse
 from qemu_userns.plan.refusals import NO_NODE, explain_denied, find_remedy
 from tests.plans import asked_for, plan_of
@@ -181,6 +181,28 @@ def test_kvm_that_qemu_may_open_is_shown_whatever_its_version() -> None:
 def test_a_guests_number_is_taken_with_the_device(text: str, cid: int | None) -> None:
     plan = plan_of("-device", f"vhost-vsock-pci,guest-cid={text}")
     assert [grant.guest_cid for grant in plan.grants if isinstance(grant, OpenFd)] == [cid]
+
+
+# --- TPMs ---------------------------------------------------------------------------------------------------------------
+
+CANCEL = "/sys/class/misc/tpm0/device/cancel"
+TPM = ("-tpmdev", "passthrough,id=t,path=/dev/tpm0")
+
+
+def tpm_host(may: bool = True) -> dict[str, PathFact]:
+    """Return a host whose TPM has a file that cancels commands, root's alone."""
+    cancel = PathFact(CANCEL, "/sys/devices/x/cancel", REGULAR, mode=stat.S_IFREG | 0o200, readable=may, writable=may)
+    return {"/dev/tpm0": node("/dev/tpm0", 0o666, may=True), CANCEL: cancel, **absent("/sys/class/tpm/tpm0/device/cancel")}
+
+
+def test_what_cancels_a_tpms_command_comes_with_it() -> None:
+    plan = plan_of(*TPM, root=True, paths=tpm_host())
+    assert asked_for(plan) == ["device /dev/tpm0", "open /sys/devices/x/cancel w"]
+    assert plan.words[-1] == f"passthrough,id=t,path=/dev/tpm0,cancel-path=/dev/fdset/{OWN_FDSET_BASE + 1}"
+    assert asked_for(plan_of(*TPM, paths=tpm_host())) == ["device /dev/tpm0", "rw /sys/devices/x/cancel"]
+    assert asked_for(plan_of(*TPM, paths=tpm_host(may=False))) == ["device /dev/tpm0"]
+    named = (TPM[0], f"{TPM[1]},cancel-path=/x/file")
+    assert asked_for(plan_of(*named, paths=tpm_host())) == ["device /dev/tpm0", "rw /x/file"]
 
 
 # --- graphics -----------------------------------------------------------------------------------------------------------
