@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import subprocess
@@ -27,6 +28,8 @@ PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "32", "-S"]
 MIB = 1 << 20
 HUGE_BYTES = 2 * MIB
 PAGES = 160
+LIBC = ctypes.CDLL(None, use_errno=True)
+PR_SCHED_CORE, PR_SCHED_CORE_GET, PR_SCHED_CORE_CREATE, SCOPE_THREAD = 62, 0, 1, 0
 BLOCK = b"\x5a" * 4096
 
 
@@ -348,6 +351,26 @@ def test_cpu_threads_are_pinned_from_outside(launch: Launch, shared_tmp: Path) -
             assert os.sched_getscheduler(thread) == os.SCHED_OTHER
             os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
             assert os.sched_getscheduler(thread) == os.SCHED_BATCH
+
+
+def test_cpu_threads_get_a_core_of_their_own_as_plain_qemus_do(launch: Launch, shared_tmp: Path) -> None:
+    """Core scheduling from outside, by who started QEMU: prctl(2), PR_SCHED_CORE; few kernels have it."""
+    found = []
+    for name, how in (("plain", None), ("dropin", launch)):
+        with plugged(shared_tmp / name, how, machine=PC) as vm:
+            (cpu,) = vm.qmp.execute("query-cpus-fast")
+            found.append(share_no_core(cpu["thread-id"]))
+    assert found[0] == found[1]
+
+
+def share_no_core(thread: int) -> tuple[int, bool]:
+    """Give a thread a core scheduling cookie of its own; return the error number, and whether it has one."""
+    cookie = ctypes.c_ulonglong(0)
+    result = LIBC.prctl(PR_SCHED_CORE, PR_SCHED_CORE_CREATE, thread, SCOPE_THREAD, None)
+    error = ctypes.get_errno() if result else 0
+    LIBC.prctl(PR_SCHED_CORE, PR_SCHED_CORE_GET, thread, SCOPE_THREAD, ctypes.byref(cookie))
+    assert error or cookie.value
+    return error, cookie.value != 0
 
 
 def test_threads_that_qemu_pins_itself(launch: Launch, shared_tmp: Path) -> None:

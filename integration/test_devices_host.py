@@ -158,15 +158,22 @@ def scsi_disk() -> Iterator[tuple[Path, Path]]:
     subprocess.run(["modprobe", "scsi_debug", "dev_size_mb=8"], check=True)
     subprocess.run(["modprobe", "sg"], check=True)
     try:
-        folder = next(Path("/sys/bus/pseudo/drivers/scsi_debug").glob("adapter*/host*/target*/*:*/block")).parent
-        names = [next((folder / kind).iterdir()).name for kind in ("block", "scsi_generic")]
-        nodes = [Path("/dev", name) for name in names]
+        disks = wait_until(lambda: find_disks("scsi_debug"), "the disk")
+        nodes = [Path("/dev", name) for name in (disks[0].name, next((disks[0] / "device/scsi_generic").iterdir()).name)]
         for node in nodes:
             wait_until(node.exists, f"{node}")
             node.chmod(0o600)
         yield nodes[0], nodes[1]
     finally:
         subprocess.run(["rmmod", "scsi_debug"], check=True)
+
+
+def find_disks(model: str) -> list[Path]:
+    """Return the block devices of a model in /sys that have a generic node too."""
+    named = [path for path in Path("/sys/block").iterdir() if (path / "device/model").exists()]
+    return [
+        path for path in named if (path / "device/model").read_text().strip() == model and (path / "device/scsi_generic").exists()
+    ]
 
 
 @pytest.mark.root
