@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import subprocess
@@ -25,8 +24,6 @@ PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "32", "-S"]
 CID = 4021
 PORT = 5005
 SPARE_NIC = "0x10d3"  # e1000e
-LIBC = ctypes.CDLL(None, use_errno=True)
-PR_SCHED_CORE, PR_SCHED_CORE_GET, PR_SCHED_CORE_CREATE, SCOPE_THREAD = 62, 0, 1, 0
 
 
 # --- vhost-vsock --------------------------------------------------------------------------------------------------------
@@ -155,8 +152,8 @@ def test_a_pci_device_is_plugged_in(launch: Launch, shared_tmp: Path, spare_nic:
 @pytest.fixture
 def scsi_disk() -> Iterator[tuple[Path, Path]]:
     """Have a disk that the kernel makes up; return its block and its generic node, which are root's alone."""
-    subprocess.run(["modprobe", "scsi_debug", "dev_size_mb=8"], check=True)
-    subprocess.run(["modprobe", "sg"], check=True)
+    for words in ("sd_mod", "sg", "scsi_debug dev_size_mb=8"):
+        subprocess.run(["modprobe", *words.split()], check=True)
     try:
         disks = wait_until(lambda: find_disks("scsi_debug"), "the disk")
         nodes = [Path("/dev", name) for name in (disks[0].name, next((disks[0] / "device/scsi_generic").iterdir()).name)]
@@ -189,20 +186,3 @@ def test_a_scsi_device_is_passed_through(launch: Launch, shared_tmp: Path, scsi_
     options[-3:] = [f"file={block},format=raw,if=none,id=g", "-device", "scsi-block,drive=g,bus=scsi.0"]
     with plugged(shared_tmp / "block", launch, *options, machine=PC) as vm:
         assert "scsi-block" in vm.qmp.hmp("info qtree")
-
-
-# --- threads ------------------------------------------------------------------------------------------------------------
-
-
-def test_cpu_threads_share_no_core_with_others(launch: Launch, shared_tmp: Path) -> None:
-    """Core scheduling, by who started QEMU: prctl(2), PR_SCHED_CORE."""
-    with plugged(shared_tmp / "vm", launch, "-smp", "2", machine=PC) as vm:
-        for cpu in vm.qmp.execute("query-cpus-fast"):
-            cookie = ctypes.c_ulonglong(0)
-            created = LIBC.prctl(PR_SCHED_CORE, PR_SCHED_CORE_CREATE, cpu["thread-id"], SCOPE_THREAD, None)
-            error = ctypes.get_errno()
-            if created != 0 and error in (22, 19):  # EINVAL, ENODEV: no such kernel, or no core that has two threads
-                pytest.skip(f"core scheduling: {os.strerror(error)}")
-            assert created == 0, os.strerror(error)
-            assert LIBC.prctl(PR_SCHED_CORE, PR_SCHED_CORE_GET, cpu["thread-id"], SCOPE_THREAD, ctypes.byref(cookie)) == 0
-            assert cookie.value != 0
