@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
+import re
 import select
 import subprocess
 import tty
@@ -27,6 +29,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytes
 PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "32", "-S"]
 MIB = 1 << 20
 HUGE_BYTES = 2 * MIB
+HUGE_TOTAL = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_BYTES >> 10}kB/nr_hugepages")
 PAGES = 160
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SCHED_CORE, PR_SCHED_CORE_GET, PR_SCHED_CORE_CREATE, SCOPE_THREAD = 62, 0, 1, 0
@@ -49,9 +52,7 @@ def loop(shared_tmp: Path) -> Iterator[tuple[Path, Path]]:
 @pytest.fixture(params=["everybody's", "root's"])
 def huge(request: pytest.FixtureRequest, shared_tmp: Path) -> Iterator[Path]:
     """Have some huge pages, and a file system of them."""
-    total = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_BYTES >> 10}kB/nr_hugepages")
-    before = total.read_text()
-    total.write_text(f"{int(before) + PAGES}")
+    add_pages(PAGES)
     folder = shared_tmp / "huge"
     folder.mkdir()
     mode = "1777" if request.param == "everybody's" else "755"
@@ -60,7 +61,15 @@ def huge(request: pytest.FixtureRequest, shared_tmp: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", folder], check=True)
-        total.write_text(before)
+        add_pages(-PAGES)
+
+
+def add_pages(count: int) -> None:
+    """Have more huge pages, or fewer: others may test with some at the same time."""
+    with HUGE_TOTAL.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        total = int(file.read())
+        HUGE_TOTAL.write_text(f"{max(0, total + count)}")
 
 
 @contextlib.contextmanager
@@ -305,9 +314,12 @@ def test_memory_in_huge_pages(launch: Launch, shared_tmp: Path, huge: Path, opti
 @pytest.mark.root
 @pytest.mark.parametrize("huge", ["everybody's"], indirect=True)
 def test_too_few_huge_pages_name_the_sysctl(launch: Launch, huge: Path) -> None:
-    error, hint = said(launch, "-mem-path", str(huge), "-m", "512")
-    assert error == f"-mem-path {huge}: 256 huge pages of 2048 KiB are needed, and {PAGES} are to be had"
-    assert hint.startswith("sysctl vm.nr_hugepages=256")
+    many = int(HUGE_TOTAL.read_text()) + 10 * PAGES
+    error, hint = said(launch, "-mem-path", str(huge), "-m", f"{many * HUGE_BYTES // MIB}")
+    found = re.fullmatch(rf"-mem-path {huge}: {many} huge pages of 2048 KiB are needed, and (\d+) are to be had", error)
+    assert found, error
+    assert int(found[1]) < many
+    assert re.match(r"sysctl vm.nr_hugepages=\d+, or /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", hint)
 
 
 @pytest.mark.parametrize(
