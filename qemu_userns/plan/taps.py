@@ -69,8 +69,12 @@ def _run_helper(draft: "Draft", need: "Need") -> None:
     obj, kind = need.obj, need.member
     if any(obj.get(key) for key in _TAP_KEYS) or kind is None:
         return
-    default = next((path for path in HELPERS if draft.path(path).kind == REGULAR), need.path)
+    default = next((path for path in HELPERS if draft.path(path).kind == REGULAR), None)
     helper, bridge = obj.get("helper") or default, obj.get("br") or _BRIDGE
+    if helper is None:
+        hint = "install it (Debian: qemu-system-common), or name another by helper="
+        draft.refuse(f"{need.describe()} {need.path}", MISSING, hint)
+        return
     options = ("--use-vnet", f"--fd={HELPER_FD}")
     if " " in helper or "\t" in helper:
         words = (helper, *options, *(() if "--br=" in helper else (f"--br={bridge}",)))

@@ -12,6 +12,7 @@ from qemu_userns.catalogue.twins import find_twin
 from qemu_userns.plan.command import CommandPlan, build_command_plan
 from qemu_userns.plan.facts import ABSENT, CHARACTER, MISSING, PathFact
 from qemu_userns.plan.grants import OpenFd, Reserved, Tap
+from qemu_userns.plan.taps import HELPERS
 from tests.plans import USER, asked_for, brief, make_facts, plan_of
 
 HELPER = "/usr/lib/qemu/qemu-bridge-helper --use-vnet --fd=3"
@@ -128,6 +129,23 @@ def test_a_missing_right_is_named_before_anything_is_opened() -> None:
     found = refusal("-nic", "tap,queues=2", refused_taps=(("", "new"),))
     hint = "have root make one: ip tuntap add dev tap0 mode tap user user multi_queue, and name it by ifname=tap0"
     assert found == ("-nic tap", "new", hint)
+
+
+@pytest.mark.parametrize("option", ["-netdev", "-nic", "-net"])
+def test_a_helper_that_is_not_there_is_named_before_anything_is_opened(option: str) -> None:
+    gone = {path: PathFact(path, path, ABSENT) for path in HELPERS}
+    value = "bridge,id=n" if option == "-netdev" else "bridge"
+    found = refusal(option, value, paths=gone)
+    hint = "install it (Debian: qemu-system-common), or name another by helper="
+    assert found == (f"{option} bridge {HELPERS[0]}", MISSING, hint)
+    plan = plan_of(option, f"{value},helper=/x/h", paths=gone)
+    assert asked_for(plan) == ["/x/h --use-vnet --fd=3 --br=br0"]
+
+
+def test_the_first_helper_that_is_there_is_run() -> None:
+    gone = PathFact(HELPERS[0], HELPERS[0], ABSENT)
+    plan = plan_of("-netdev", "bridge,id=n", paths={HELPERS[0]: gone})
+    assert asked_for(plan) == [f"{HELPERS[1]} --use-vnet --fd=3 --br=br0"]
 
 
 def test_the_supervisor_stays_for_a_downscript_alone() -> None:
