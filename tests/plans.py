@@ -37,6 +37,7 @@ from qemu_userns.plan.grants import (
     Copy,
     Create,
     CreateDir,
+    Display,
     Grant,
     Helper,
     KeepFd,
@@ -224,6 +225,8 @@ def brief(grant: Grant) -> str:
             return f"monitor {grant.kind} {grant.given}".rstrip() + (" waits" if grant.wait else "")
         case QmpSocket():
             return f"socket {grant.path} for {grant.label}"
+        case Display():
+            return f"{grant.protocol} {grant.path} by {grant.label}"
         case KeepFd():
             return f"fd {grant.number}" + (" reopened" if grant.reopened else "")
         case OpenFd():

@@ -29,7 +29,7 @@ _ROWS: "tuple[Row, ...]" = (
     Row("blockdev-create", "options.location.logfile", ways.APPEND, (("options.driver", ("gluster",)),)),
     # Exports
     Row("nbd-server-start", "addr.path", ways.LISTEN, (("addr.abstract", ("", "off")),)),
-    Row("nbd-server-start", "uri", ways.VNC),
+    Row("nbd-server-start", "uri", ways.EXPORT),
     Row("block-export-add", "addr.path", ways.LISTEN, (("addr.abstract", ("", "off")),)),
     Row(
         "block-export-add",

@@ -17,6 +17,10 @@ _PLAIN = ("file", "host_device", "host_cdrom")
 _FAT_FLAGS = ("floppy", "rw", "12", "16", "32")
 
 
+# Members of a json:{...} name, at any depth.
+_JSON_WAYS = (("filename", ways.IMAGE), ("conf", ways.READ), ("config", ways.READ), ("server.path", ways.SOCKET))
+
+
 class NamedPath(Record):
     """A host path within a block layer name."""
 
@@ -85,7 +89,7 @@ def find_paths(name: str) -> "tuple[NamedPath, ...]":
         found = _path(first, way, start) if first else ()
         start += len(first) + 1
         return (*found, *(part.replace(start=part.start + start, end=part.end + start) for part in find_paths(image)))
-    return _find_socket(name, protocol)
+    return _find_config(name) if protocol == "rbd" else _find_socket(name, protocol)
 
 
 def _path(path: str, way: str, start: int) -> "tuple[NamedPath, ...]":
@@ -106,6 +110,31 @@ def _find_socket(name: str, protocol: str) -> "tuple[NamedPath, ...]":
     return ()
 
 
+def _find_config(name: str) -> "tuple[NamedPath, ...]":
+    """Return the configuration file of rbd:POOL/IMAGE:KEY=VALUE:..., in which a backslash takes a colon its meaning."""
+    start = len("rbd:")
+    for option in _split_rbd(name[start:]):
+        if option.startswith("conf="):
+            path = option.removeprefix("conf=")
+            begin = start + len("conf=")
+            return tuple(
+                part.replace(path=path.replace("\\:", ":").replace("\\\\", "\\")) for part in _path(path, ways.READ, begin)
+            )
+        start += len(option) + 1
+    return ()
+
+
+def _split_rbd(text: str) -> "list[str]":
+    """Split at the colons that no backslash stands before; block/rbd.c, qemu_rbd_next_tok()."""
+    parts, begin, index = [], 0, 0
+    while index < len(text):
+        if text[index] == ":":
+            parts.append(text[begin:index])
+            begin = index + 1
+        index += 2 if text[index] == "\\" else 1
+    return [*parts, text[begin:]]
+
+
 def _find_json_paths(name: str) -> "tuple[NamedPath, ...]":
     """Return the paths of a json:{...} name."""
     from qemu_userns.cmdline import json
@@ -116,7 +145,8 @@ def _find_json_paths(name: str) -> "tuple[NamedPath, ...]":
     except json.JsonError:
         return ()
     return tuple(
-        NamedPath(member.value, ways.IMAGE, member.start + start, member.end + start, in_json=True)
+        NamedPath(member.value, way, member.start + start, member.end + start, in_json=True)
         for member in members
-        if member.key.rpartition(".")[2] == "filename" and not member.value.startswith("/dev/fdset/")
+        for end, way in _JSON_WAYS
+        if f".{member.key}".endswith(f".{end}") and not member.value.startswith("/dev/fdset/")
     )

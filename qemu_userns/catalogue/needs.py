@@ -74,7 +74,8 @@ _SCHEMES = {
     ways.INCOMING: {"unix": ways.MADE, "fd": ways.FD, "file": ways.READ, "exec": ways.RUN},
     ways.MIGRATE: {"unix": ways.SOCKET, "fd": ways.FD, "file": ways.WRITE, "exec": ways.RUN},
     ways.DUMP: {"fd": ways.FD, "file": ways.WRITE},
-    ways.VNC: {"unix": ways.MADE},
+    ways.VNC: {"unix": ways.DISPLAY},
+    ways.EXPORT: {"unix": ways.MADE},
 }
 
 
@@ -122,11 +123,13 @@ def _match(pattern: str, key: str) -> "str | None":
 
 
 def find_object_needs(obj: Object, table: "Table" = _TABLE) -> "Iterator[Need]":
-    """Yield what one object needs; of a member that is given twice, the last one counts."""
+    """Yield what one object needs; of a member that is given twice, the last one counts, but for lists."""
     for key in dict.fromkeys(member.key for member in obj.members):
         row = find_row(obj, key, table)
-        member = obj.find(key)
-        if row is not None and member is not None:
+        if row is None:
+            continue
+        found = obj.find_all(key)
+        for member in found if row.way == ways.FORWARD else found[-1:]:
             yield from _expand(Need(row.way, row.node or member.value, obj, member, row))
 
 
@@ -152,10 +155,12 @@ def _expand(need: Need) -> "Iterator[Need]":
             yield from _expand_list(need)
         case ways.KVM:
             yield from (need for name in need.path.split(":") if name == "kvm")
-        case ways.INCOMING | ways.MIGRATE | ways.DUMP | ways.VNC:
+        case ways.INCOMING | ways.MIGRATE | ways.DUMP | ways.VNC | ways.EXPORT:
             yield from _expand_address(need)
         case ways.CHARDEV:
             yield from _expand_chardev(need)
+        case ways.FORWARD:
+            yield from _expand_forward(need)
         case ways.USB:
             path = find_usb_node(need.obj)
             if path is not None:
@@ -199,3 +204,24 @@ def _expand_chardev(need: Need) -> "Iterator[Need]":
     chardev = need.obj.replace(kind="chardev", members=members)
     for inner in find_object_needs(chardev):
         yield inner.replace(obj=need.obj, member=need.member, legacy=legacy)
+
+
+def _expand_forward(need: Need) -> "Iterator[Need]":
+    """Read a forwarding rule of a user network: ADDRESS-cmd:PROGRAM or ADDRESS-CHARDEV to the host, unix:PATH-ADDRESS from it.
+
+    Source: net/slirp.c, slirp_guestfwd() and, since QEMU 10.2, slirp_hostfwd().
+    """
+    if need.member is not None and need.member.key == "hostfwd":
+        path, _, _ = need.path.removeprefix("unix:").rpartition("-")
+        if path and need.path.startswith("unix:"):
+            yield need.replace(way=ways.MADE, path=path)
+        return
+    _, _, target = need.path.partition("-")
+    program = target.removeprefix("cmd:").split(maxsplit=1)[:1]
+    if target.startswith("cmd:"):
+        yield from (need.replace(way=ways.READ, path=word) for word in program if word.startswith("/"))
+        return
+    legacy = parse_legacy(target)
+    if legacy is not None and legacy.backend == "socket" and legacy.get("path"):
+        way = ways.MADE if as_switch(legacy.get("server")) == "on" else ways.SOCKET
+        yield need.replace(way=way, path=legacy.get("path"))

@@ -82,6 +82,38 @@ def _taps(kind: str) -> "tuple[Row, ...]":
 _GPUS = ("virtio-gpu-pci", "virtio-gpu-device", "virtio-gpu-ccw", "virtio-vga")
 _VFIO_PCI = ("vfio-pci", "vfio-pci-nohotplug")
 
+# Network back ends that take rights over the host's network or processes, and that no fd stands in for.
+_NO_NETDEVS = (
+    Row(
+        "",
+        "",
+        ways.REFUSE,
+        (("type", ("l2tpv3",)), ("udp", ("", "off"))),
+        "L2TPv3 without UDP opens a raw IP socket, which takes CAP_NET_RAW over the host's network",
+        "use udp=on with srcport= and dstport= at both ends",
+    ),
+    Row(
+        "",
+        "",
+        ways.REFUSE,
+        (("type", ("af-xdp",)), ("sock-fds", ("",))),
+        "AF_XDP loads a BPF program onto the interface, which takes CAP_NET_ADMIN and CAP_BPF over the host",
+        "load it outside, and pass one socket per queue: inhibit=on,sock-fds=",
+    ),
+    Row(
+        "",
+        "",
+        ways.REFUSE,
+        (("type", ("passt",)),),
+        "QEMU would start passt, which makes namespaces of its own, and QEMU and what it starts may make none",
+        "start passt --socket PATH outside, and use -netdev stream,addr.type=unix,addr.path=PATH",
+    ),
+)
+_NO_DESKTOP = "it needs the caller's desktop (X or Wayland, D-Bus, /dev/dri), which QEMU does not see"
+_DESKTOP_HINT = "use -vnc or -spice on a unix socket with a viewer outside, or -userns fs=host"
+_NO_BUS = "a bus takes the caller only under its own uid, and inside QEMU is root"
+_BUS_HINT = "use -display dbus,p2p=on, and hand a socket in by getfd and add_client"
+
 ROWS: "tuple[Row, ...]" = (
     # Kernels, firmware and tables
     *_with_values("kernel dtb shim", ways.READ),
@@ -95,6 +127,7 @@ ROWS: "tuple[Row, ...]" = (
     Row("machine", "firmware", ways.FIRMWARE),
     Row("option-rom", "romfile", ways.FIRMWARE),
     Row("device", "romfile", ways.FIRMWARE),
+    Row("global", "value", ways.FIRMWARE, (("property", ("romfile",)),)),
     Row("boot", "splash", ways.FIRMWARE),
     Row("acpitable", "file", ways.READ_LIST),
     Row("acpitable", "data", ways.READ_LIST),
@@ -178,13 +211,15 @@ ROWS: "tuple[Row, ...]" = (
     # Displays
     Row("spice", "x509-dir", ways.DIRECTORY, entries=("ca-cert.pem", "server-cert.pem", "server-key.pem")),
     *(Row("spice", f"x509-{name}-file", ways.READ) for name in ("key", "cert", "cacert", "dh-key")),
-    Row("spice", "addr", ways.MADE, (("unix", ("on",)),)),
+    Row("spice", "addr", ways.DISPLAY, (("unix", ("on",)),)),
     Row("vnc", "vnc", ways.VNC),
     Row("display", "rendernode", ways.RENDER),
     Row("display", "type", ways.RENDER, (("type", ("egl-headless",)), ("rendernode", ("",))), node=RENDER_NODES),
     Row("spice", "rendernode", ways.RENDER),
     Row("spice", "gl", ways.RENDER, (("gl", ("on",)), ("rendernode", ("",))), node=RENDER_NODES),
     Row("device", "blob", ways.DEVICE, (("driver", _GPUS), ("blob", ("on",))), node="/dev/udmabuf"),
+    Row("display", "type", ways.WINDOW, (("type", ("gtk", "sdl", "spice-app")),), _NO_DESKTOP, _DESKTOP_HINT),
+    Row("display", "type", ways.REFUSE, (("type", ("dbus",)), ("p2p", ("", "off"))), _NO_BUS, _BUS_HINT),
     # Shares
     Row("fsdev", "path", ways.SHARE, (("fsdriver", ("local",)),)),
     Row("virtfs", "path", ways.SHARE, (("fsdriver", ("local",)),)),
@@ -204,6 +239,9 @@ ROWS: "tuple[Row, ...]" = (
     Row("netdev", "local.path", ways.MADE, (("type", ("dgram",)),)),
     Row("netdev", "remote.path", ways.SOCKET, (("type", ("dgram",)),)),
     Row("netdev", "sock", ways.WRITE_DIRECTORY, (("type", ("vde",)),)),
+    *(Row(kind, key, ways.FORWARD) for kind in ("netdev", "nic", "net") for key in ("guestfwd", "hostfwd")),
+    Row("netdev", "vhostdev", ways.OPEN, (("vhostfd", ("",)),), fd_key="vhostfd"),
+    *(row.replace(kind=kind, key="type") for kind in ("netdev", "nic") for row in _NO_NETDEVS),
     # Devices
     Row("tpmdev", "path", ways.TPM),
     Row("tpmdev", "cancel-path", ways.WRITE),
@@ -223,6 +261,9 @@ ROWS: "tuple[Row, ...]" = (
     *(Row("*", f"**.{key}", ways.FDS) for key in ("fds", "vhostfds", "sock-fds", "ebpf-rss-fds")),
     Row("*", "**.str", ways.FD, (("type", ("fd",)),)),
     Row("incoming", "value", ways.INCOMING),
+    Row("incoming", "addr.path", ways.MADE, (("addr.type", ("unix",)), ("addr.abstract", ("", "off")))),
+    Row("incoming", "addr.filename", ways.READ, (("addr.transport", ("file",)),)),
+    Row("incoming", "addr.args.0", ways.RUN, (("addr.transport", ("exec",)),)),
     # What this program does itself
     Row("runas", "value", ways.CONSUME, reason="QEMU runs as that user from the start"),
     Row("run-with", "user", ways.CONSUME, reason="QEMU runs as that user from the start"),

@@ -30,6 +30,7 @@ _GROUPS = (
     ("qemu_userns.cmdline.json",),
     ("qemu_userns.cmdline.readconfig",),
     ("qemu_userns.host.settings",),
+    ("qemu_userns.plan.displays",),
     ("qemu_userns.plan.idmaps", "qemu_userns.host.shares"),
     ("qemu_userns.host.stand_ins",),
     ("qemu_userns.host.network",),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qemu_userns.plan.identity import Identity
 
 _XATTR = "user.virtfs.qemu-userns"
-_NOT_PATHS = (ways.FD, ways.NAME, ways.RUN, ways.CONSUME, ways.REFUSE, ways.KVM, ways.STAND_IN, ways.LOCK)
+_NOT_PATHS = (ways.FD, ways.NAME, ways.RUN, ways.CONSUME, ways.REFUSE, ways.KVM, ways.STAND_IN, ways.LOCK, ways.WINDOW)
 _LOCKING = (ways.LOCK, ways.VFIO)
 
 
@@ -95,7 +95,7 @@ def _candidates(need: "Need") -> "tuple[str, ...]":
     """Return the paths that QEMU may mean; the last one is the plain reading."""
     if need.way == ways.PIPE:
         return (f"{need.path}.in", f"{need.path}.out", need.path)
-    if need.way in (ways.MADE, ways.SOCKET, ways.LISTEN, ways.WRITE):
+    if need.way in (ways.MADE, ways.DISPLAY, ways.SOCKET, ways.LISTEN, ways.WRITE):
         return (directory_of(need.path), need.path)
     if need.way == ways.BRIDGE:
         from qemu_userns.plan.taps import HELPERS

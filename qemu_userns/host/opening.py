@@ -17,6 +17,7 @@ from qemu_userns.plan.grants import (
     Connect,
     Create,
     CreateDir,
+    Display,
     Grant,
     Helper,
     KeepFd,
@@ -59,7 +60,7 @@ class Opened:
         self.places: "dict[str, str]" = {}  # where on the host a path of the view lies, if elsewhere
         self.nodes_fd: "int | None" = None  # owned: detached tmpfs with device nodes
         self.passed: "list[int]" = []  # numbers of fds that QEMU gets
-        self.served: "list[int]" = []  # owned fds for the supervisor: public end and way in of each Monitor, QmpSockets
+        self.served: "list[int]" = []  # owned fds for the supervisor: public end and way in of each Monitor, QmpSockets, Displays
         self.leftovers: "list[Leftover]" = []
         self.downscripts: "list[Downscript]" = []
         self._tell = tell
@@ -201,7 +202,7 @@ def _open(grant: Grant, identity: "Identity", lease_fd: "int | None", opened: Op
             from qemu_userns.host.taps import open_tap
 
             open_tap(grant, opened)
-        case Listen() | Connect() | Monitor() | QmpSocket():
+        case Listen() | Connect() | Monitor() | QmpSocket() | Display():
             from qemu_userns.host.sockets import open_socket
 
             open_socket(grant, identity.switch, opened)

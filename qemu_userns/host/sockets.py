@@ -6,7 +6,7 @@ import stat
 from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.realpath import Parent, check_inode, is_trusted, open_real
-from qemu_userns.plan.grants import CONNECT, FD, LISTEN, STDIO, Connect, Listen, Monitor, QmpSocket
+from qemu_userns.plan.grants import CONNECT, FD, LISTEN, STDIO, Connect, Display, Listen, Monitor, QmpSocket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _PATH_MAX_BYTES = 108  # of sockaddr_un.sun_path
 _PRIVATE_DIRS = ("/run/qemu-userns", "/tmp", "/var/tmp")
 
 
-def open_socket(grant: "Listen | Connect | Monitor | QmpSocket", privileged: bool, opened: "Opened") -> None:
+def open_socket(grant: "Listen | Connect | Monitor | QmpSocket | Display", privileged: bool, opened: "Opened") -> None:
     """Open what a socket's grant gives.
 
     Args:
@@ -42,6 +42,8 @@ def open_socket(grant: "Listen | Connect | Monitor | QmpSocket", privileged: boo
         case QmpSocket():
             # Behind those of the monitors, as in the plan.
             opened.served.append(_listen(grant.path, grant.given, privileged, BACKLOG, opened, grant.mode))
+        case Display():
+            opened.served.append(_listen(grant.path, grant.given, privileged, BACKLOG, opened))
 
 
 def _new_socket() -> "Socket":

@@ -8,7 +8,20 @@ from qemu_userns.plan.base import BASE, LINKS, PRIVATE, PTMX
 from qemu_userns.plan.devices import add_kvm
 from qemu_userns.plan.draft import Draft, find_memory
 from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, LANDLOCK_ABI_WITH_SCOPES
-from qemu_userns.plan.grants import READ, Bind, Consume, Copy, CreateDir, Link, Listen, Monitor, Private, QmpSocket, Reserved
+from qemu_userns.plan.grants import (
+    READ,
+    Bind,
+    Consume,
+    Copy,
+    CreateDir,
+    Display,
+    Link,
+    Listen,
+    Monitor,
+    Private,
+    QmpSocket,
+    Reserved,
+)
 from qemu_userns.plan.handover import hand_over
 from qemu_userns.plan.identity import CALLERS_NETWORK
 from qemu_userns.plan.monitors import serve_monitors
@@ -31,7 +44,6 @@ _SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1, 2
 # On ABI 1 (Linux 5.13 to 5.18) every rename between directories is refused, which breaks 9p shares.
 _LOWEST_LANDLOCK_ABI = 2
 _DISPLAYS_WITH_SOCKETS = ("gtk", "sdl", "dbus", "spice-app")
-_SPAWNING_NETDEVS = ("passt",)  # a tap's scripts and helper run outside
 _SPAWNING_OPTIONS = frozenset(("daemonize", "async-teardown"))
 
 
@@ -129,7 +141,7 @@ def _reserve_fds(draft: Draft, leased: bool) -> None:
     """
     if leased:
         draft.add(Reserved("the lease of QEMU's ids ends when its last process does", "lease", draft.next_fd()))
-    stays = (CreateDir, Listen, Monitor, QmpSocket)
+    stays = (CreateDir, Display, Listen, Monitor, QmpSocket)
     fates = ("temporary", "downscript")
     if any(isinstance(grant, stays) or any(getattr(grant, fate, False) for fate in fates) for grant in draft.grants):
         draft.add(Reserved("its end tells the supervisor that QEMU has ended", "supervisor", draft.next_fd()))
@@ -235,8 +247,8 @@ def _has_monitor(commandline: "CommandLine") -> bool:
 def _spawns(commandline: "CommandLine") -> bool:
     """Say whether QEMU will start other programs by itself."""
     return any(
-        (obj.kind in ("netdev", "nic", "net") and (obj.get("type") in _SPAWNING_NETDEVS or obj.get("smb")))
-        or "-cmd:" in (obj.get("guestfwd") or "")
+        (obj.kind in ("netdev", "nic", "net") and obj.get("smb"))
+        or any("-cmd:" in member.value for member in obj.find_all("guestfwd"))
         or (obj.kind == "incoming" and (obj.get("value") or "").startswith("exec:"))
         or (obj.kind == "run-with" and obj.is_on("async-teardown"))
         or (obj.kind == "display" and obj.get("type") == "spice-app")

@@ -1,7 +1,7 @@
 """A plan in the making: what the handovers add to, in the order of the command line. Pure."""
 
 from qemu_userns.catalogue.ways import OWN_FDSET_BASE
-from qemu_userns.cmdline.source import append, remove, replace
+from qemu_userns.cmdline.source import Edit, append, remove, replace
 from qemu_userns.plan.facts import ABSENT, DIRECTORY, MISSING, directory_of
 from qemu_userns.plan.grants import READ, SEARCH, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
 from qemu_userns.plan.identity import build_owner_map
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.chardev import LegacyChardev
     from qemu_userns.cmdline.objects import Object
-    from qemu_userns.cmdline.source import Edit, Member
+    from qemu_userns.cmdline.source import Member
     from qemu_userns.plan.facts import HostFacts, PathFact
     from qemu_userns.plan.grants import OpenFd
     from qemu_userns.plan.identity import Identity, MountMap
     from qemu_userns.plan.idmaps import ShareMap
 
+# With these an NBD client connects again.
+_ANEW = ("reconnect-delay", "open-timeout")
 _MONITORS = ("monitor", "qmp", "qmp-pretty")
 FDS_OF_OUR_OWN = 64
 LOWEST_OWN_FD = 300  # fds that the plan adds are numbered from here, out of the way of those that callers count from 3
@@ -156,7 +158,9 @@ class Draft:
     def takes_fd(self, need: "Need") -> bool:
         """Say whether a socket can be passed instead of its path: a chardev's, but vhost-user network backends refuse such."""
         users = (obj for obj in self.objects if obj.kind == "netdev" and obj.get("type") == "vhost-user")
-        return need.legacy is not None or (need.obj.kind == "chardev" and all(obj.get("chardev") != need.obj.id for obj in users))
+        if need.legacy is not None or (need.obj.kind == "chardev" and all(obj.get("chardev") != need.obj.id for obj in users)):
+            return True
+        return self._find_family(need) is not None
 
     def pass_socket(self, need: "Need", number: int) -> None:
         """Rewrite a chardev from `path=` to `fd=`, one in the old language to -chardev and its id."""
@@ -164,9 +168,37 @@ class Draft:
         if need.legacy is not None:
             members = (("fd", str(number)), *((key, value) for key, value in need.legacy.members if key != "path"))
             self.legacy_to_chardev(need.obj, need.legacy.replace(members=members), why)
-        elif need.member is not None:
+        elif need.member is not None and need.obj.kind == "chardev":
             self.edits += (remove(need.obj, member, why) for member in need.obj.find_all(need.member.key))
             self.edits.append(append(need.obj, "fd", str(number), why))
+        elif need.member is not None:
+            self._pass_address(need, need.member, number, why)
+
+    def _find_family(self, need: "Need") -> "Member | None":
+        """Return the "type" beside a "path", if they are an address that may be the number of an fd as well.
+
+        A stream's may. An NBD client's may too where it connects once; -drive has no place for it but in members of its own.
+        """
+        if need.member is None or need.part is not None or need.member.form not in ("opts", "json"):
+            return None
+        stream = need.obj.kind == "netdev" and need.obj.get("type") == "stream"
+        once = not any(member.key.rpartition(".")[2] in _ANEW for member in need.obj.members)
+        nbd = need.obj.kind in ("blockdev", "drive") and need.member.key.endswith("server.path") and once
+        return need.obj.find(f"{need.member.key.removesuffix('path')}type") if stream or nbd else None
+
+    def _pass_address(self, need: "Need", path: "Member", number: int, why: str) -> None:
+        """Rewrite {"type": "unix", "path": PATH} to {"type": "fd", "str": NUMBER}, as members or in JSON."""
+        address = path.key.removesuffix("path")
+        family = self._find_family(need)
+        if family is None:
+            return
+        unix_only = [member for key in ("abstract", "tight") for member in need.obj.find_all(f"{address}{key}")]
+        text = f'"str":"{number}"' if path.form == "json" else f"{address}str={number}"
+        self.edits += [
+            replace(family, "fd", why),
+            Edit(path.source, path.item, path.end, text, why),
+            *(remove(need.obj, member, why) for member in unix_only),
+        ]
 
     def run(self, need: "Need") -> None:
         """Leave a program to QEMU, which starts it in its view."""

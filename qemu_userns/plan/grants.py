@@ -307,3 +307,20 @@ class QmpSocket(Grant):
     def describe(self) -> str:
         """Say where, and who may connect as far as the mode says it."""
         return f"{self.given} (mode {self.mode:04o}), where the supervisor serves QMP monitor {self.label}"
+
+
+VNC, SPICE = "vnc", "spice"
+
+
+class Display(Grant):
+    """A unix socket of a display, bound outside; the supervisor passes it, or each client that comes there, by QMP."""
+
+    protocol: str  # VNC or SPICE
+    label: str  # of the character device of the monitor by which it is passed
+    path: str  # the real path
+    given: str  # as the caller spells it, which is what QEMU reports
+
+    def describe(self) -> str:
+        """Say path and way."""
+        how = "passed to QEMU" if self.protocol == VNC else "each client passed to QEMU"
+        return f"listens on {self.path}, {how} by monitor {self.label}, removed at QEMU's end"

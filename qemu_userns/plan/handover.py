@@ -10,6 +10,7 @@ from qemu_userns.plan import devices, images
 from qemu_userns.plan.draft import is_shown
 from qemu_userns.plan.facts import ABSENT, DIRECTORY, MISSING, REGULAR, SOCKET, directory_of
 from qemu_userns.plan.grants import READ, SEARCH, WRITE, Connect, Consume, Create, CreateDir, Listen, Reserved
+from qemu_userns.plan.plan import NO_HOST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,8 +94,13 @@ def _directory(draft: "Draft", need: "Need", commandline: "CommandLine") -> None
 
 def _write_directory(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     fact = draft.path(need.path)
-    if draft.check(need, fact, READ):
-        draft.bind(fact, True, need.describe())
+    if not draft.check(need, fact, READ):
+        return
+    if need.obj.get("type") == "vde" and fact.kind == DIRECTORY and not draft.may(fact, WRITE | SEARCH):
+        # libvdeplug would go on with a socket in /tmp, which is the view's own, and hear nothing.
+        draft.refuse_access(need, "make its end of the connection in it")
+        return
+    draft.bind(fact, True, need.describe())
 
 
 def _made(draft: "Draft", need: "Need", _: "CommandLine") -> None:
@@ -287,6 +293,24 @@ def _listen(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     draft.pass_socket(need, number)
 
 
+def _display(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    """Have the socket of a display bound outside, or by QEMU itself where none can be passed."""
+    from qemu_userns.plan import displays  # only here: most QEMUs have none
+
+    if need.obj.is_on("reverse"):  # VNC connects to a viewer that listens
+        _socket(draft, need, commandline)
+    elif displays.takes_socket(draft, need, commandline):
+        displays.listen(draft, need)
+    else:
+        _made(draft, need, commandline)
+
+
+def _window(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    """Refuse a display that the view has nothing for; with the host's whole tree it is QEMU's own affair."""
+    if draft.host_tree == NO_HOST:
+        draft.refuse(f"-display {need.path}", need.row.reason, need.row.hint)
+
+
 def _pipe(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     ends = [path for path in (f"{need.path}.in", f"{need.path}.out") if draft.path(path).kind != ABSENT]
     for path in ends or [need.path]:
@@ -348,6 +372,8 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.IMAGE: images.hand_over,
     ways.SHARE: _share,
     ways.STAND_IN: _stand_in,
+    ways.DISPLAY: _display,
+    ways.WINDOW: _window,
     ways.SOCKET: _socket,
     ways.LISTEN: _listen,
     ways.PIPE: _pipe,
@@ -369,5 +395,5 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.CONSUME: _consume,
     ways.REFUSE: _refuse,
 }
-_NOT_PATHS = {ways.FD, ways.NAME, ways.RUN, ways.KVM, ways.LOCK, ways.CONSUME, ways.REFUSE, ways.CONFIG, ways.STAND_IN}
-_PATH_WAYS = frozenset(_HANDOVERS) - _NOT_PATHS
+_NOT_FILES = {ways.FD, ways.NAME, ways.RUN, ways.KVM, ways.LOCK, ways.WINDOW}
+_PATH_WAYS = frozenset(_HANDOVERS) - _NOT_FILES - {ways.CONSUME, ways.REFUSE, ways.CONFIG, ways.STAND_IN}

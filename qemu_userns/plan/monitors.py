@@ -88,9 +88,7 @@ def add_sockets(draft: "Draft", asked: "Sequence[SocketRights]") -> None:
 
     A client of such a socket must not count as the one that a monitor with `wait=on` has QEMU wait for.
     """
-    if not _find_plain(draft):
-        add_own_monitor(draft)
-    label = _find_plain(draft)[0].label
+    label = find_plain_label(draft)
     caller = draft.facts.caller.account.uid
     for socket in asked:
         users = socket.rights.users or tuple(sorted({0, caller}))
@@ -98,6 +96,15 @@ def add_sockets(draft: "Draft", asked: "Sequence[SocketRights]") -> None:
         if place is not None:
             rights = socket.rights.replace(users=users)
             draft.add(QmpSocket("a QMP socket of the settings", label, place[1], place[0], socket.mode, rights))
+
+
+def find_plain_label(draft: "Draft") -> str:
+    """Return the label of a monitor on which more clients make no difference, of a new one of our own where there is none."""
+    plain = _find_plain(draft)
+    if not plain:
+        add_own_monitor(draft)
+        plain = _find_plain(draft)
+    return plain[0].label
 
 
 def _find_plain(draft: "Draft") -> "list[Monitor]":

@@ -15,7 +15,7 @@ from qemu_userns.qmp.message import (
     get_dict,
     not_found,
 )
-from qemu_userns.qmp.shared import Chore, is_own, restore_names, takes_rules
+from qemu_userns.qmp.shared import Chore, DisplaySocket, is_own, restore_names, takes_rules
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qemu_userns.qmp.message import Command, Reply
     from qemu_userns.qmp.shared import Job, Shared
 
+_DISPLAY = "qemu-userns.display"  # the name of its socket while QEMU takes it
 INT64 = range(-(1 << 63), 1 << 63)
 
 
@@ -270,6 +271,28 @@ def _undo(shared: "Shared", prepared: "Prepared", done: int, failed: bool) -> "J
     fdsets = tuple(dict.fromkeys(fdset for fdset, _, _ in prepared.fdsets[:done]))
     names = tuple(name for name, _ in prepared.names[: max(0, done - len(prepared.fdsets))])
     yield from take_back(shared, Chore(fdsets, names, shared.handed, failed))
+
+
+def do_chore(shared: "Shared", chore: "Chore | DisplaySocket") -> "Job":
+    """Do what no client asks for."""
+    return _give_display(shared, chore) if isinstance(chore, DisplaySocket) else take_back(shared, chore)
+
+
+def _give_display(shared: "Shared", display: DisplaySocket) -> "Job":
+    """Give VNC its listening socket, SPICE a client; both take it by a name of getfd."""
+    reply = yield shared.ask("getfd", fdname=_DISPLAY), (display.fd,)
+    if reply.kind != "return":
+        yield from _drain(shared)
+    else:
+        if display.protocol == "vnc":
+            command = shared.ask("display-update", type="vnc", addresses=[{"type": "fd", "str": _DISPLAY}])
+        else:
+            command = shared.ask("add_client", protocol=display.protocol, fdname=_DISPLAY)
+        reply = yield command, ()
+    if reply.kind == "return":
+        return
+    shared.log_once(f"{display.protocol}: QEMU does not take a socket: {get_dict(reply.value, 'error').get('desc')}")
+    yield shared.ask("closefd", fdname=_DISPLAY), ()
 
 
 def take_back(shared: "Shared", chore: Chore) -> "Job":

@@ -15,7 +15,7 @@ QEMU is not trusted: what it sends that makes no sense ends the session, and it 
 
 from qemu_userns.qmp.actions import CloseClient, Log, Prepare, Prepared, SendQemu
 from qemu_userns.qmp.clients import Client, Line, Opening, Turn, list_fds
-from qemu_userns.qmp.jobs import greet, hand_over, negotiate, pass_malformed, run_command, take_back
+from qemu_userns.qmp.jobs import do_chore, greet, hand_over, negotiate, pass_malformed, run_command
 from qemu_userns.qmp.message import (
     GENERIC,
     NEGOTIATE_FIRST,
@@ -30,7 +30,7 @@ from qemu_userns.qmp.message import (
     read_reply,
 )
 from qemu_userns.qmp.oob import OutOfBand
-from qemu_userns.qmp.shared import Chore, Shared, takes_rules
+from qemu_userns.qmp.shared import Chore, DisplaySocket, Shared, takes_rules
 from qemu_userns.qmp.stream import ReplyStream
 
 TYPE_CHECKING = False
@@ -155,6 +155,15 @@ class Session:
             self._pump()
         return self._flush()
 
+    def give_display(self, protocol: str, fd: int) -> "list[Action]":
+        """Give QEMU a socket of a display, once there is time for it; takes ownership of the fd."""
+        if self._closed:
+            self._shared.close((fd,))
+        else:
+            self._shared.chores.append(DisplaySocket(protocol, fd))
+            self._pump()
+        return self._flush()
+
     # --- clients ------------------------------------------------------------------------------------------------------
 
     def _greet(self, client: Client) -> None:
@@ -203,7 +212,7 @@ class Session:
             return
         while self._job is None:
             if self._shared.chores:
-                self._start(take_back(self._shared, self._shared.chores.popleft()), None)
+                self._start(do_chore(self._shared, self._shared.chores.popleft()), None)
             elif self._line:
                 client = self._line.pop()
                 if client.has_work():

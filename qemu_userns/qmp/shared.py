@@ -50,6 +50,13 @@ class Chore(Record):
     failed: bool = False
 
 
+class DisplaySocket(Record):
+    """A socket that a display shall have."""
+
+    protocol: str
+    fd: int
+
+
 class Shared:
     """See the module."""
 
@@ -65,7 +72,7 @@ class Shared:
         """The capabilities in QEMU's greeting."""
         self.ready = False
         """QEMU has agreed to our capabilities."""
-        self.chores: deque[Chore] = deque()
+        self.chores: deque[Chore | DisplaySocket] = deque()
         """What waits for its turn."""
         self.unsent: deque[int] = deque()
         """Fds of the command being handed over that are still ours."""
@@ -119,7 +126,10 @@ class Shared:
         self.unsent.clear()
         self.release(self.handed, self.failed)
         for chore in self.chores:
-            self.release(chore.handed, chore.failed)
+            if isinstance(chore, DisplaySocket):
+                self.close((chore.fd,))
+            else:
+                self.release(chore.handed, chore.failed)
         self.handed = 0
         self.chores.clear()
 

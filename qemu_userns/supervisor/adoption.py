@@ -14,7 +14,7 @@ from qemu_userns.host.network import join_network
 from qemu_userns.host.realpath import Parent
 from qemu_userns.host.sockets import BACKLOG, listen_unix, open_address
 from qemu_userns.linux import process
-from qemu_userns.plan.grants import LISTEN, Monitor
+from qemu_userns.plan.grants import LISTEN, VNC, Monitor
 from qemu_userns.plan.identity import CALLERS_NETWORK, NO_NETWORK
 from qemu_userns.supervisor import registry
 from qemu_userns.supervisor.server import Server
@@ -77,8 +77,10 @@ def _open_all(state: "State", made: "dict[str, Leftover]") -> "tuple[State, list
         monitors.append(monitor.replace(wait=False, lost=len(found) < monitor.public_count))
     for grant in state.sockets:
         fds.append(_bind_again(grant.path, grant.mode, made))
+    displays = tuple(display for display in state.displays if display.protocol != VNC)  # QEMU has VNC's
+    fds += (_bind_again(display.path, None, made) for display in displays)
     leftovers = {item.path: item for item in state.leftovers} | made
-    return state.replace(monitors=tuple(monitors), leftovers=tuple(leftovers.values())), fds
+    return state.replace(monitors=tuple(monitors), displays=displays, leftovers=tuple(leftovers.values())), fds
 
 
 def _open_public(monitor: Monitor, made: "dict[str, Leftover]") -> "list[int]":

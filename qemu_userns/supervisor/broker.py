@@ -4,7 +4,7 @@ import os
 from _socket import AF_UNIX, SO_PASSCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
 from collections import deque
 
-from qemu_userns.plan.grants import CONNECT, FD, LISTEN, STDIO
+from qemu_userns.plan.grants import CONNECT, FD, LISTEN, STDIO, VNC
 from qemu_userns.plan.rights import READ_ONLY
 from qemu_userns.qmp.actions import (
     OUTPUT_MAX_BYTES,
@@ -145,6 +145,17 @@ class Broker:
             self._take(client, rights, own)
 
         self._listeners.append(Listener(self._host.poller, fd, admits, take, self._log))
+
+    def show(self, protocol: str, fd: int) -> None:
+        """Pass QEMU the listening socket of a display, or each client that comes there; takes it over."""
+
+        def give(found: int) -> None:
+            self._carry_out(self._session.give_display(protocol, found))
+
+        if protocol == VNC:
+            give(fd)
+        else:
+            self._listeners.append(Listener(self._host.poller, fd, give, self._log))
 
     def add_client(self, read_fd: int, write_fd: int, rights: "Rights", lost: "Callable[[], None] | None" = None) -> None:
         """Take a client; its fds are taken over."""

@@ -60,7 +60,7 @@ class Server:
         """Serve the monitors.
 
         Args:
-            fds: of each monitor its public end and the way in, then our own sockets; taken over.
+            fds: of each monitor its public end and the way in, then our own sockets, then displays'; taken over.
             held: what an earlier supervisor has handed out.
         """
         left = list(fds)
@@ -72,6 +72,8 @@ class Server:
         by_label = {broker.monitor.label: broker for broker in self._brokers}
         for grant in self._state.sockets:
             by_label[grant.label].listen(left.pop(0), grant.rights)
+        for display in self._state.displays:
+            by_label[display.label].show(display.protocol, left.pop(0))
         self._restore(tuple(held))
         if not self._state.daemonizes:
             self._hear_pid(self._state.pid)  # which writes down what is held, so that must be known

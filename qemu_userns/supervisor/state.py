@@ -42,6 +42,7 @@ class State(Record):
     sockets: "tuple[grants.QmpSocket, ...]" = ()  # of ours, besides those of the monitors
     network: str = CALLERS_NETWORK  # as in Plan
     memory: "tuple[str, str]" = ("", "")  # the values of -m: size and maxmem
+    displays: "tuple[grants.Display, ...]" = ()
     started: int = 0  # when QEMU's process was, in clock ticks after boot: a pid may be another process's later
 
     @property
@@ -76,6 +77,7 @@ def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
         tuple(grant for grant in plan.grants if isinstance(grant, grants.QmpSocket)),
         plan.network,
         find_memory(start.asked.commandline.objects),
+        tuple(grant for grant in plan.grants if isinstance(grant, grants.Display)),
     )
 
 

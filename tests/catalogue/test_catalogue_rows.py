@@ -15,6 +15,9 @@ RO, RW, DIR_RO, DIR_RW = "ro /x/file", "rw /x/file", "ro /x/dir", "rw /x/dir"
 HELPER = "/usr/lib/qemu/qemu-bridge-helper"
 NEW = "create /x/new"
 NO_SYS = "refuse: QEMU would look for the USB device in /sys, which its view does not show"
+OWN_MONITOR = "monitor serves it on sockets of ours alone"
+NO_DESKTOP = "refuse: it needs the caller's desktop (X or Wayland, D-Bus, /dev/dri), which QEMU does not see"
+VNC = "vnc /x/new by qemu-userns"
 VFIO = ("device /dev/vfio/vfio", "device /dev/vfio/01")
 
 
@@ -78,6 +81,10 @@ CASES = [
     Case(("-L", "help"), (), ()),
     case("-plugin /x/file,arg=x", ways.READ, "/x/file", RO),
     case("-readconfig /x/file", ways.CONFIG, "/x/file"),
+    case("-global virtio-net-pci.romfile=/x/file", ways.FIRMWARE, "/x/file", RO),
+    case("-global driver=e1000,property=romfile,value=/x/file", ways.FIRMWARE, "/x/file", RO),
+    Case(("-global", "virtio-net-pci.romfile="), (), ()),
+    Case(("-global", "isa-fdc.driveA=/x/file"), (), ()),
     # Block devices
     Case(("/x/file",), ((ways.IMAGE, "/x/file"),), (RW,)),
     *value_cases("hda hdb hdc hdd fda fdb mtdblock sd pflash", ways.IMAGE, "/x/file", RW),
@@ -200,15 +207,24 @@ CASES = [
     # Displays
     case("-spice x509-dir=/x/dir", ways.DIRECTORY, "/x/dir", DIR_RO),
     *[case(f"-spice x509-{name}-file=/x/file", ways.READ, "/x/file", RO) for name in ("key", "cert", "cacert", "dh-key")],
-    case("-spice unix=on,addr=/x/new", ways.MADE, "/x/new", "rw /x"),
     case("-display egl-headless,rendernode=/x/char", ways.RENDER, "/x/char", "device /x/char", "ro /sys/dev/char/0:0/device"),
-    case("-display dbus,gl=on,rendernode=/x/char", ways.RENDER, "/x/char", "device /x/char", "ro /sys/dev/char/0:0/device"),
+    case("-display dbus,p2p=on,rendernode=/x/char", ways.RENDER, "/x/char", "device /x/char", "ro /sys/dev/char/0:0/device"),
     case("-spice gl=on,rendernode=/x/char", ways.RENDER, "/x/char", "device /x/char", "ro /sys/dev/char/0:0/device"),
     *[case(f"-{words}", ways.RENDER, "/dev/dri") for words in ("display egl-headless", "spice gl=on")],
     case("-device virtio-gpu-pci,blob=on", ways.DEVICE, "/dev/udmabuf", "device /dev/udmabuf"),
     *[Case(("-device", name), (), ()) for name in ("virtio-gpu-pci", "virtio-gpu-gl-pci,blob=on")],
-    case("-vnc unix:/x/new", ways.MADE, "/x/new", "rw /x"),
-    case("-display vnc=unix:/x/new", ways.MADE, "/x/new", "rw /x"),
+    case("-spice unix=on,addr=/x/new", ways.DISPLAY, "/x/new", OWN_MONITOR, "spice /x/new by qemu-userns"),
+    case("-spice unix=on,addr=/x/new,port=5900", ways.DISPLAY, "/x/new", "rw /x"),
+    case("-vnc unix:/x/new", ways.DISPLAY, "/x/new", OWN_MONITOR, VNC),
+    case("-vnc unix:/x/new,to=9", ways.DISPLAY, "/x/new", "rw /x"),
+    case("-vnc unix:/x/new,websocket=on", ways.DISPLAY, "/x/new", "rw /x"),
+    case("-vnc unix:/x/sock,reverse=on", ways.DISPLAY, "/x/sock", "rw /x/sock"),
+    case("-display vnc=unix:/x/new", ways.DISPLAY, "/x/new", OWN_MONITOR, VNC),
+    case("-vnc unix:/x/new -preconfig", ways.DISPLAY, "/x/new", "rw /x"),
+    two("-vnc unix:/x/new -vnc unix:/y/new", ways.DISPLAY, ("/x/new", "/y/new"), OWN_MONITOR, VNC, "rw /y"),
+    *[case(f"-display {kind}", ways.WINDOW, kind, NO_DESKTOP) for kind in ("gtk", "sdl", "spice-app")],
+    case("-display dbus", ways.REFUSE, "dbus", "refuse: a bus takes the caller only under its own uid, and inside QEMU is root"),
+    Case(("-display", "dbus,p2p=on"), (), ()),
     Case(("-vnc", ":1"), (), ()),
     # Shares
     case("-fsdev local,id=f,path=/x/dir,security_model=mapped", ways.SHARE, "/x/dir", DIR_RW),
@@ -218,7 +234,7 @@ CASES = [
     # Networks
     *[case(f"-{name} user,smb=/x/dir", ways.WRITE_DIRECTORY, "/x/dir", DIR_RW) for name in ("netdev", "nic", "net")],
     *[case(f"-{name} user,tftp=/x/dir", ways.DIRECTORY, "/x/dir", DIR_RO) for name in ("netdev", "nic", "net")],
-    case("-netdev stream,id=n,server=on,addr.type=unix,addr.path=/x/new", ways.LISTEN, "/x/new", "rw /x"),
+    case("-netdev stream,id=n,server=on,addr.type=unix,addr.path=/x/new", ways.LISTEN, "/x/new", "listen /x/new"),
     case("-netdev stream,id=n,addr.type=unix,addr.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
     case("-netdev dgram,id=n,local.type=unix,local.path=/x/new", ways.MADE, "/x/new", "rw /x"),
     case("-netdev dgram,id=n,remote.type=unix,remote.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
@@ -240,6 +256,34 @@ CASES = [
             ),
         )
     ],
+    *[
+        case(f"-{kind} user,guestfwd=tcp:10.0.2.100:80-{target}", way, path, grant)
+        for kind in ("netdev", "nic", "net")
+        for target, way, path, grant in (
+            ("cmd:/x/file", ways.READ, "/x/file", RO),
+            ("unix:/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
+            ("unix:/x/new,,server=on", ways.MADE, "/x/new", "rw /x"),
+        )
+    ],
+    Case(
+        ("-netdev", "user,id=n,guestfwd=:10.0.2.100:1-cmd:/x/file,guestfwd=:10.0.2.100:2-unix:/y/sock"),
+        ((ways.READ, "/x/file"), (ways.SOCKET, "/y/sock")),
+        (RO, "rw /y/sock"),
+    ),
+    Case(("-netdev", "user,id=n,guestfwd=tcp:10.0.2.100:80-cmd:cat,hostfwd=tcp:127.0.0.1:8080-:80"), (), ()),
+    Case(("-netdev", "user,id=n,guestfwd=tcp:10.0.2.100:80-tcp:127.0.0.1:8080"), (), ()),
+    *[case(f"-{kind} user,hostfwd=unix:/x/new-10.0.2.15:80", ways.MADE, "/x/new", "rw /x") for kind in ("netdev", "nic", "net")],
+    case("-netdev vhost-vdpa,id=n,vhostdev=/dev/vhost-vdpa-0", ways.OPEN, "/dev/vhost-vdpa-0", "open /dev/vhost-vdpa-0 rw alone"),
+    case("-netdev vhost-vdpa,id=n,vhostfd=9", ways.FD, "9", "fd 9", fds=(9,)),
+    *[
+        case(f"-{kind} {words}", ways.REFUSE, words.partition(",")[0], f"refuse: {row.reason}")
+        for kind in ("netdev", "nic")
+        for words in ("l2tpv3,id=n,src=::1", "af-xdp,id=n,ifname=eth0", "passt,id=n")
+        for row in ROWS
+        if (row.kind, row.key, row.way) == (kind, "type", ways.REFUSE) and words.startswith(row.when[0][1][0])
+    ],
+    Case(("-netdev", "l2tpv3,id=n,src=::1,udp=on,srcport=1,dstport=2"), (), ()),
+    Case(("-netdev", "hubport,id=n,hubid=0"), (), ()),
     # Devices
     case("-tpmdev passthrough,id=t,path=/x/char", ways.TPM, "/x/char", "device /x/char"),
     case("-tpmdev passthrough,id=t,cancel-path=/x/file", ways.WRITE, "/x/file", RW),
@@ -301,6 +345,11 @@ CASES = [
     case("-incoming fd:9", ways.FD, "9", "fd 9", fds=(9,)),
     case("-incoming exec:cat", ways.RUN, "cat"),
     case("-incoming unix:/x/new", ways.MADE, "/x/new", "rw /x"),
+    case('-incoming {"addr":{"transport":"socket","type":"unix","path":"/x/new"}}', ways.MADE, "/x/new", "rw /x"),
+    case("-incoming channel-type=main,addr.transport=socket,addr.type=unix,addr.path=/x/new", ways.MADE, "/x/new", "rw /x"),
+    case('-incoming {"addr":{"transport":"file","filename":"/x/file"}}', ways.READ, "/x/file", RO),
+    case('-incoming {"addr":{"transport":"exec","args":["cat","x"]}}', ways.RUN, "cat"),
+    case('-incoming {"addr":{"transport":"socket","type":"fd","str":"9"}}', ways.FD, "9", "fd 9", fds=(9,)),
     case("-incoming file:/x/file,offset=0", ways.READ, "/x/file", RO),
     Case(("-incoming", "tcp:0:4444"), (), ()),
     # Files by the number of an fd
@@ -317,6 +366,19 @@ PROXY = [
     for socket, fds in (("socket=/x/sock", ("fd 9",)),)
 ]
 NESTED = [
+    case("-drive file=rbd:pool/image:id=x:conf=/x/file", ways.READ, "/x/file", RO),
+    case(r"-hda rbd:pool/im\:age@snap\\:conf=/x/file-a\:b:key=y", ways.READ, "/x/file-a:b", "ro /x/file-a:b"),
+    Case(("-hda", r"rbd:pool/image\:conf=/x/file"), (), ()),
+    Case(("-hda", "http://host/x/file"), (), ()),
+    Case(("-hda", "ssh://user@host/x/file"), (), ()),
+    Case(("-hda", "iscsi://host/iqn.x:y/0"), (), ()),
+    case('-hda json:{"driver":"rbd","pool":"p","image":"i","conf":"/x/file"}', ways.READ, "/x/file", RO),
+    case(
+        '-hda json:{"driver":"raw","file":{"driver":"nbd","server":{"type":"unix","path":"/x/sock"}}}',
+        ways.SOCKET,
+        "/x/sock",
+        "rw /x/sock",
+    ),
     case(
         "-blockdev raw,node-name=a,file.driver=nbd,file.server.type=unix,file.server.path=/x/sock",
         ways.SOCKET,

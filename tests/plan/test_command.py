@@ -269,6 +269,12 @@ def test_a_device_node_is_passed_by_name(name: str, arguments: dict[str, Any], n
         assert (found.find_fdsets(), found.find_names()) == ((), ((NAME, 0),))
 
 
+def test_a_vdpa_node_is_passed_by_name_in_place_of_its_path() -> None:
+    found = plan("netdev_add", {"type": "vhost-vdpa", "id": "n", "vhostdev": "/dev/vhost-vdpa-0"})
+    assert asked(found) == ["open /dev/vhost-vdpa-0 rw alone"]
+    assert arguments_of(found) == {"type": "vhost-vdpa", "id": "n", "vhostfd": NAME}
+
+
 def test_hmp_has_no_names_so_the_node_is_shown() -> None:
     arguments = {"command-line": "device_add vhost-vsock-pci,guest-cid=3"}
     found = plan(HMP, arguments)

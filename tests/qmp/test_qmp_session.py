@@ -518,3 +518,40 @@ def test_a_message_that_is_too_large_is_answered_in_turn() -> None:
     assert session.receive_qemu(RUNNING) == [
         SendClient(1, RUNNING), SendClient(1, error("JSON token size limit exceeded")), SendQemu(STATUS),
     ]  # fmt: skip
+
+
+TAKE = own(2, "getfd", '"fdname": "qemu-userns.display"')
+UPDATE = '"type": "vnc", "addresses": [{"str": "qemu-userns.display", "type": "fd"}]'
+ADD_CLIENT = '"protocol": "spice", "fdname": "qemu-userns.display"'
+
+
+@pytest.mark.parametrize(
+    ("protocol", "command"), [("vnc", own(3, "display-update", UPDATE)), ("spice", own(3, "add_client", ADD_CLIENT))]
+)
+def test_a_display_gets_its_socket_in_its_turn(protocol: str, command: bytes) -> None:
+    session = start(1)
+    assert session.receive_client(1, STATUS, ()) == [SendQemu(STATUS)]
+    assert session.give_display(protocol, 5) == []
+    assert session.receive_qemu(RUNNING) == [SendClient(1, RUNNING), SendQemu(TAKE, (5,))]
+    assert session.receive_qemu(DONE) == [SendQemu(command)]
+    assert session.receive_client(1, STATUS, ()) == []
+    assert session.receive_qemu(DONE) == [SendQemu(STATUS)]
+
+
+def test_a_display_that_takes_no_socket_is_logged_once_and_leaves_no_name() -> None:
+    session = start()
+    logged: list[Action] = [Log("spice: QEMU does not take a socket: no")]
+    for number in (2, 5):
+        session.give_display("spice", 5)
+        session.receive_qemu(DONE)
+        closed = SendQemu(own(number + 2, "closefd", '"fdname": "qemu-userns.display"'))
+        assert session.receive_qemu(ERROR) == [*logged, closed]
+        assert session.receive_qemu(DONE) == []
+        logged = []
+
+
+def test_a_socket_of_a_display_is_closed_when_qemu_has_gone() -> None:
+    session = Session(TOKEN, False, RULES)
+    assert session.give_display("vnc", 5) == []
+    assert session.close_qemu() == [CloseFds((5,))]
+    assert session.give_display("spice", 6) == [CloseFds((6,))]
