@@ -81,6 +81,12 @@ def probe_libvirt() -> str | None:
     return try_command("/usr/sbin/libvirtd", "--version") or try_command("virsh", "--version")
 
 
+def probe_network_drives() -> str | None:
+    """Ask for a file of a server that is not there: what has no module for it knows no such protocol."""
+    done = subprocess.run(["qemu-img", "info", "http://127.0.0.1:1/"], capture_output=True, text=True, check=False)
+    return done.stderr.strip() if "nknown protocol" in done.stderr else None
+
+
 def probe_root() -> str | None:
     return None if os.geteuid() == 0 else f"{os.strerror(errno.EPERM)}: not root (scripts/test runs it as root too)"
 
@@ -100,6 +106,9 @@ PROBES: dict[str, tuple[str, Callable[[], str | None]]] = {
     "strace": ("strace", probe_strace),
     "xattr": ("user xattrs in the folder for temporary files", probe_xattr),
     "libvirt": ("libvirt's session daemon and virsh", probe_libvirt),
+    "passt": ("passt", lambda: try_command("passt", "--version")),
+    "network_drives": ("QEMU's modules for network drives", probe_network_drives),
+    "vde": ("vde_switch", lambda: try_command("vde_switch", "--version")),
     "root": ("a root caller", probe_root),
 }
 
