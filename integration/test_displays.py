@@ -154,6 +154,15 @@ def test_a_display_stays_when_its_supervisor_is_replaced(dropin: list[str], shar
         wait_until(lambda: not path.exists(), f"{path} gone")  # noqa: B023
 
 
+def test_explain_shows_where_a_display_listens(dropin: list[str], shared_tmp: Path) -> None:
+    ours = Path(dropin[0]).parent.parent / "bin/qemu-userns"
+    options = ["-vnc", f"unix:{shared_tmp}/vnc", "-spice", f"unix=on,addr={shared_tmp}/spice"]
+    status, stdout, stderr = outcome([str(ours), "explain", "--", PLAIN[0]], *IDLE, *options)
+    assert (status, stderr) == (0, "")
+    assert f"listens on {shared_tmp}/vnc, passed to QEMU by monitor qemu-userns, removed at QEMU's end" in stdout
+    assert f"listens on {shared_tmp}/spice, each client passed to QEMU by monitor qemu-userns, removed at QEMU's end" in stdout
+
+
 def test_display_update_and_display_reload(dropin: list[str], shared_tmp: Path) -> None:
     folder = shared_tmp / "private"
     folder.mkdir(mode=0o700)

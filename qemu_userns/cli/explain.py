@@ -5,6 +5,7 @@ import json
 from qemu_userns.plan.grants import (
     Connect,
     Consume,
+    Display,
     Helper,
     KeepFd,
     Listen,
@@ -55,6 +56,7 @@ def describe_plan(plan: "Plan") -> "dict[str, list[dict[str, str]]]":
         "fds": [_describe(grant) for grant in plan.grants if isinstance(grant, _FD_GRANTS)],
         "limits": [_describe(grant) for grant in plan.grants if isinstance(grant, LockLimit)],
         "monitors": [_describe_monitor(grant) for grant in plan.grants if isinstance(grant, Monitor | QmpSocket)],
+        "displays": [_describe(grant) for grant in plan.grants if isinstance(grant, Display)],
         "taken over": [_describe(grant) for grant in plan.grants if isinstance(grant, Consume)],
         "rewritten": [{"where": r.where, "before": r.before, "after": r.after, "why": r.why} for r in plan.rewrites],
         "left alone": [{"option": option, "why": "no table knows it"} for option in plan.unknown],
