@@ -155,7 +155,7 @@ class Broker:
         if protocol == VNC:
             give(fd)
         else:
-            self._listeners.append(Listener(self._host.poller, fd, give, self._log))
+            self._listeners.append(Listener(self._host.poller, fd, lambda _: True, give, self._log))
 
     def add_client(self, read_fd: int, write_fd: int, rights: "Rights", lost: "Callable[[], None] | None" = None) -> None:
         """Take a client; its fds are taken over."""
