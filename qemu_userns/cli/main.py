@@ -23,6 +23,8 @@ usage: qemu-userns run [--KEY=VALUE...] [--] qemu-system-ARCH [QEMU's arguments]
        qemu-userns ps [--json]
        qemu-userns qmp [--compact] [--events] [--pass-fd N] (VM | --socket PATH) [COMMAND [KEY=VALUE...]]
        qemu-userns adopt [--replace] (VM | --all)
+       qemu-userns share inspect [--json] [--map MAP] DIR
+       qemu-userns share convert DIR --from MODEL --to MODEL [--map MAP] [--owner UID[:GID]] [--privileged] [--dry-run]
        qemu-userns --version | --help
 
 run      start QEMU in its own user and mount namespace, becoming it
@@ -31,6 +33,7 @@ install  put a drop-in for every qemu-system-* of this host into DIR
 ps       list the caller's VMs that have a QMP monitor
 qmp      send a command to a VM (name, uuid or pid) and print the reply; without one a shell; with --events its events
 adopt    give a VM whose supervisor was killed a new one; --replace ends the one there is, for a newer version of this program
+share    show what a guest sees of a 9p share, or convert it: passthrough, mapped-xattr, mapped-file
 
 KEY=VALUE: fs=view|host, net=caller|none|PATH, sandbox=auto|off|VALUE, require=landlock, idmap=MAP, share.NAME.idmap=MAP,
   pool=START-END, qemu=PATH, off=on, qmp=PATH (a QMP socket more; may be repeated), passthrough=PATH (a monitor that QEMU serves
@@ -77,6 +80,10 @@ def _main(words: "list[str]") -> int:
         from qemu_userns.cli.adopt import adopt
 
         return adopt(rest)
+    elif command == "share":
+        from qemu_userns.cli.share import share
+
+        return share(rest)
     else:
         raise UsageError(" ".join(words), "not understood", "qemu-userns --help lists the commands")
     return 0
