@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import stat
 import struct
 import subprocess
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,16 +19,24 @@ from hypothesis import strategies as st
 
 from integration.raw9p import TGETATTR, NineError, RawShare, raw_share
 from integration.share_trees import GROUP, OWNER, make_tree, share, snapshot, to_mapped, to_passthrough, views
+from qemu_userns.errors import ResourceError
+from qemu_userns.linux.files import exchange
 from qemu_userns.shares.convert import convert, scan
 from qemu_userns.shares.idmap import Translation
 from qemu_userns.shares.journal import Journal, find_journal
 from qemu_userns.shares.wanted import Job
 from tests.conftest import remove_tree
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 pytestmark = [pytest.mark.xattr]
 
 MAPPED = ("mapped-xattr", "mapped-file")
-CHANGING = ["setxattr", "removexattr", "fchownat", "chmod", "fchmod", "fchmodat", "renameat2", "rename", "renameat", "unlink", "unlinkat", "mkdir", "mkdirat", "rmdir", "symlink", "symlinkat", "mknod", "mknodat", "link", "linkat", "write", "fsync", "utimensat", "ftruncate"]  # fmt: skip
+CHANGING = (
+    *("setxattr", "removexattr", "fchownat", "chmod", "fchmod", "fchmodat", "renameat2", "rename", "renameat", "unlink"),
+    *("unlinkat", "mkdir", "mkdirat", "rmdir", "symlinkat", "mknodat", "linkat", "write", "fsync", "utimensat", "ftruncate"),
+)
 
 
 def check(*words: str | Path) -> str:
@@ -125,6 +133,7 @@ def run(root: Path, source: str, target: str) -> None:
         convert(fd, job, journal, lambda _: None)
         journal.close(True)
     finally:
+        journal.close(False)
         os.close(fd)
 
 
@@ -305,37 +314,66 @@ def test_another_conversion_has_to_be_finished_first(shared_tmp: Path) -> None:
 
 
 def test_symlinks_that_are_swapped_in_lead_nowhere(shared_tmp: Path) -> None:
-    root, secret = shared_tmp / "share", shared_tmp / "secret"
+    secret = shared_tmp / "secret"
     secret.mkdir(0o755)
     (secret / "file").write_text("what nobody may change")
     (secret / "file").chmod(0o644)
     outside = snapshot(secret)
-    stop = threading.Event()
+    swaps = 0
+    for turn in range(12):
+        root = shared_tmp / f"share{turn}"
+        (root / "a").mkdir(parents=True)
+        for number in range(20):
+            (root / "a" / f"file{number}").symlink_to("x")
+        (root / "a" / "file").write_text("mine")
+        with swapping(root, secret) as count:
+            share(*to_mapped(root, MAPPED[turn % 2]))
+        swaps += count[0]
+        assert snapshot(secret) == outside
+    assert swaps > 100
+
+
+@contextlib.contextmanager
+def swapping(root: Path, secret: Path) -> Iterator[list[int]]:
+    """Put symlinks to a secret in the place of a directory and of a file, over and over; count how often."""
+    stop, count = threading.Event(), [0]
 
     def attack() -> None:
         while not stop.is_set():
-            for name in ("a", "a/file"):
+            for name, target in (("a", secret), ("a/file", secret / "file")):
                 with contextlib.suppress(OSError):
                     os.rename(root / name, root / "aside")
-                    os.symlink(secret / ("file" if "/" in name else ""), root / name)
+                    os.symlink(target, root / name)
+                    count[0] += 1
                     os.unlink(root / name)
                     os.rename(root / "aside", root / name)
 
     thread = threading.Thread(target=attack)
     thread.start()
     try:
-        for turn in range(12):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(root)
-            (root / "a").mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):
-                (root / "a" / "file").write_text("mine")
-            share(*to_mapped(root, MAPPED[turn % 2]))
-            assert snapshot(secret) == outside
-            Path(find_journal(str(root))).unlink(missing_ok=True)
+        yield count
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_file_that_is_put_in_the_place_of_an_entry_stays(shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst moment: the replacement is complete, and about to change places with what was looked at."""
+    root = shared_tmp / "share"
+    root.mkdir()
+    (root / "link").symlink_to("target")
+
+    def swap_first(dirfd: int, name: str, other: str) -> None:
+        if not (root / "aside").is_symlink():
+            os.rename(root / "link", root / "aside")
+            (root / "link").write_text("somebody else's")
+        exchange(dirfd, name, other)
+
+    monkeypatch.setattr("qemu_userns.shares.convert.exchange", swap_first)
+    with pytest.raises(ResourceError, match="has been replaced meanwhile"):
+        run(root, "passthrough", "mapped-xattr")
+    assert (root / "link").read_text() == "somebody else's"
+    assert {path.name for path in root.iterdir()} == {"link", "aside"}
 
 
 # --- what QEMU says ---------------------------------------------------------------------------------------------------

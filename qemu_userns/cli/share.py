@@ -59,7 +59,7 @@ def share(words: "list[str]") -> int:
 def _parse(words: "list[str]") -> "tuple[dict[str, list[str]], list[str]]":
     """Split options, each `--KEY VALUE` or `--KEY=VALUE`, from paths; raises UsageError."""
     options: dict[str, list[str]] = {}
-    paths = []
+    paths: list[str] = []
     rest = iter(words)
     for word in rest:
         key, equals, value = word.partition("=")

@@ -1,15 +1,16 @@
 """Convert a share from one 9p security model to another, in place.
 
-For each entry, the directories after what they hold: first the target's attributes are written, then the host's file is changed, then
-the source's attributes go. Before the second step the source's reading is right, after it the target's, and in between with a
-mapped target the attributes, with passthrough those of the source. Where the host has another type of file (symlinks, devices,
+For each entry, the directories after what they hold: first the target's attributes are written, then the host's file is changed,
+then the source's attributes go. Before the second step the source's reading is right, after it the target's, and in between with
+a mapped target the attributes, with passthrough those of the source. Where the host has another type of file (symlinks, devices,
 pipes, sockets are regular files in the mapped models) a replacement is completed under a name of its own and changes places with
 the old one in one step, renameat2(2).
 
 So a run that is killed anywhere can be run again, and arrives at the same. Two steps are not covered by the kernel's calls: an
-unprivileged caller has to add write permission to its own file before the file takes attributes, or loses them, and has to remove it
-after; between those calls neither reading has the mode, the journal does. Names of one file are converted one by one, and mapped-file
-keeps attributes for each: until the last has them, the others read as files of the owner; the journal knows what they were.
+unprivileged caller has to add write permission to its own file before the file takes attributes, or loses them, and has to remove
+it after; between those calls neither reading has the mode, the journal does. Names of one file are converted one by one, and
+mapped-file keeps attributes for each: until the last has them, the others read as files of the owner; the journal knows what they
+were. QEMU gives the names of one file one metadata file, this program one each: a later chmod by the guest reaches one name.
 A directory's time of modification is put back, but for a run that was killed within it.
 """
 

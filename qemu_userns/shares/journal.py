@@ -65,6 +65,7 @@ class Journal:
             self._fd = os.open(self.path, flags, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
+            self.close(False)
             raise ResourceError(self.path, "another process converts this share") from err
         except OSError as err:
             raise ResourceError(self.path, f"the journal cannot be written: {err.strerror}") from err

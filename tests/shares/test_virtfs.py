@@ -71,7 +71,8 @@ def test_a_map_goes_both_ways() -> None:
     ids = Translation(parse_idmap("both 1000 0\nuid 100000-100009 1-10\ngid 5 7"))
     assert [ids.to_guest("uid", n) for n in (1000, 100009, 5, 0)] == [0, 10, None, None]
     assert [ids.to_guest("gid", n) for n in (1000, 100009, 5)] == [0, None, 7]
-    assert [ids.to_host("uid", n) for n in (0, 1, 10, 11, 7)] == [1000, 100000, 100009, None, None]
+    assert [ids.to_host("uid", n) for n in (0, 1, 10, 11)] == [1000, 100000, 100009, None]
+    assert [ids.to_host("gid", n) for n in (0, 7, 1)] == [1000, 5, None]
     assert Translation().to_host("uid", 12) == 12
 
 
