@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qemu_userns.cli.share import share as command
 from tests.conftest import CHECKOUT
 
 PROGRAM = f"import sys; sys.path.insert(0, {str(CHECKOUT)!r}); from qemu_userns.cli.share import share; "
@@ -34,9 +37,10 @@ def to_passthrough(root: Path, model: str) -> list[str | Path]:
 
 def views(root: Path) -> dict[str, dict[str, Any]]:
     """Return what `share inspect` says, by path."""
-    done = share("inspect", "--json", root)
-    assert done.returncode == 0, done.stderr
-    return {entry["path"]: entry for entry in json.loads(done.stdout)}
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        assert command(["inspect", "--json", str(root)]) == 0
+    return {entry["path"]: entry for entry in json.loads(told.getvalue())}
 
 
 def make_tree(root: Path) -> None:

@@ -111,14 +111,19 @@ def _convert(root: int, path: str, options: "dict[str, list[str]]") -> int:
     job = _build_job(root, options)
     status = os.fstat(root)
     ids = None if job.ids.entries is None else [[e.kind, e.outside, e.inside, e.count] for e in job.ids.entries]
-    asked = {"from": job.source, "to": job.target, "owner": list(job.owner), "map": ids, "privileged": job.privileged}
+    # With passthrough DIR's owner changes in the end, and is nobody else's.
+    owner = None if job.target == PASSTHROUGH else list(job.owner)
+    asked = {"from": job.source, "to": job.target, "owner": owner, "map": ids, "privileged": job.privileged}
     journal = Journal(find_journal(path), {**asked, "device": status.st_dev, "inode": status.st_ino})
     dry = "--dry-run" in options
     if MAPPED_XATTR in (job.source, job.target):
         _check_xattrs(root, path)
     if not check_not_served(root, path):
         print("qemu-userns: another user's QEMU may serve it; only root can tell", file=sys.stderr)
-    count, problems = scan(root, job, journal, _show if dry else None)
+    count, converted, problems = scan(root, job, journal, _show if dry else None)
+    if converted == len(problems) == count:
+        print(f"{count} entries are {job.target} already")
+        return 0
     for name, why in problems[:_SHOWN_MAX]:
         print(f"qemu-userns: {printable(name)}: {why}", file=sys.stderr)
     if problems:

@@ -32,7 +32,7 @@ from qemu_userns.shares.stores import (
     write_xattrs,
 )
 from qemu_userns.shares.tree import Entry, walk
-from qemu_userns.shares.wanted import UnfitError, build_step
+from qemu_userns.shares.wanted import ConvertedError, UnfitError, build_step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 def scan(
     root: int, job: "Job", journal: "Journal", show: "Callable[[str, Step], None] | None" = None
-) -> "tuple[int, list[tuple[str, str]]]":
+) -> "tuple[int, int, list[tuple[str, str]]]":
     """Look at all entries, and change nothing.
 
     Args:
@@ -55,11 +55,12 @@ def scan(
         show: is called with each path and what is to become of it.
 
     Returns:
-        How many entries there are; paths and reasons of those that the target cannot hold.
+        How many entries there are; how many of them are converted already, by a conversion that was finished; paths and reasons
+        of those that cannot be converted, these with them.
     """
     problems: list[tuple[str, str]] = []
     names: dict[tuple[int, int], tuple[int, int, str]] = {}
-    count = 0
+    count = converted = 0
     for entry in walk(root, job.skip, fault=lambda path, why: problems.append((path, why))):
         if journal.resumed and entry.name.startswith(NEW):
             continue
@@ -71,13 +72,14 @@ def scan(
         try:
             step = build_step(entry, job, journal, journal.resumed)
         except UnfitError as err:
+            converted += isinstance(err, ConvertedError)
             problems.append((entry.path, str(err)))
             continue
         if show is not None:
             show(entry.path, step)
     if not journal.resumed:
         problems += [(path, "has names outside of the share") for found, links, path in names.values() if found < links]
-    return count, problems
+    return count, converted, problems
 
 
 def convert(root: int, job: "Job", journal: "Journal", progress: "Callable[[int], None]") -> None:
@@ -113,9 +115,7 @@ class _Conversion:
             except UnfitError as err:
                 raise ResourceError(entry.path, str(err), "it has changed meanwhile; run it again") from err
             except OSError as err:
-                raise ResourceError(
-                    entry.path, f"cannot be converted: {err.strerror}", "mend that, and run it again"
-                ) from err
+                raise ResourceError(entry.path, f"cannot be converted: {err.strerror}", "mend that, and run it again") from err
             progress(count)
 
     def _enter(self, entry: Entry) -> None:

@@ -41,6 +41,10 @@ class UnfitError(ValueError):
     """An entry that the target cannot hold; says why."""
 
 
+class ConvertedError(UnfitError):
+    """An entry that is what it is to be, and not by a conversion that is under way."""
+
+
 class Step(Record):
     """What an entry is to be: in a mapped target `seen` has the guest's ids, in passthrough the host's."""
 
@@ -77,7 +81,9 @@ def build_step(entry: "Entry", job: Job, journal: "Journal", begun: bool) -> Ste
         seen = journal.seen[status.st_ino]
     else:
         if target != Kept() and not begun:
-            raise UnfitError(f"has attributes of {job.target} already")
+            settled = (status.st_uid, status.st_gid) == job.owner and stat.S_IMODE(status.st_mode) in (0o600, 0o700)
+            error = ConvertedError if target.complete and settled else UnfitError
+            raise error(f"has attributes of {job.target} already")
         seen = _see(entry, job, journal)
     if job.target == PASSTHROUGH:
         owner, mode, kind = (seen.uid, seen.gid), stat.S_IMODE(seen.mode), seen.kind
