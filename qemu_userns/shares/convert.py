@@ -10,7 +10,7 @@ So a run that is killed anywhere can be run again, and arrives at the same. Two 
 unprivileged caller has to add write permission to its own file before the file takes attributes, or loses them, and has to remove
 it after; between those calls neither reading has the mode, the journal does. Names of one file are converted one by one, and
 mapped-file keeps attributes for each: until the last has them, the others read as files of the owner; the journal knows what they
-were. QEMU gives the names of one file one metadata file, this program one each: a later chmod by the guest reaches one name.
+were.
 A directory's time of modification is put back, but for a run that was killed within it.
 """
 
@@ -21,6 +21,7 @@ from qemu_userns.errors import ResourceError
 from qemu_userns.linux.files import exchange, open_beneath
 from qemu_userns.shares import virtfs
 from qemu_userns.shares.stores import (
+    FILES,
     MAPPED_FILE,
     MAPPED_XATTR,
     NEW,
@@ -166,11 +167,11 @@ class _Conversion:
         self._loosen(entry)
         step = build_step(entry, job, self._journal, True)
         if job.target == MAPPED_FILE and entry.kind != stat.S_IFDIR and entry.status.st_nlink > 1:
-            self._journal.note_seen(entry.status.st_ino, step.seen)
+            self._journal.note_seen(entry.status.st_ino, step.seen, entry.path)
         if job.target != PASSTHROUGH:
             for name, value in step.acls:
                 os.setxattr(entry.link, name, value)
-            if not target.read(entry).complete:
+            if not target.read(entry).complete and not self._link_metadata(entry, step):
                 target.write(entry, step.seen, step.owner)
         if entry.kind == step.kind:
             self._settle(entry, step)
@@ -184,6 +185,21 @@ class _Conversion:
         if entry.kind == stat.S_IFDIR:
             source.finish(entry)
             os.utime(entry.fd, ns=self._times.pop(entry.path))
+
+    def _link_metadata(self, entry: Entry, step: "Step") -> bool:
+        """Let a further name of a file have the metadata file of the first; say whether there was such, and it is right."""
+        first = self._journal.first.get(entry.status.st_ino, entry.path)
+        if self._job.target != MAPPED_FILE or first == entry.path:
+            return False
+        try:
+            FILES.link(entry, self._root, first, step.owner)
+        except OSError:
+            return False
+        kept = FILES.read(entry)
+        if (kept.uid, kept.gid, kept.mode) == (step.seen.uid, step.seen.gid, step.seen.mode):
+            return True
+        FILES.remove(entry)
+        return False
 
     def _settle(self, entry: Entry, step: "Step") -> None:
         """Give a file that stays the owner and the mode that it is to have."""

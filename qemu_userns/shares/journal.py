@@ -43,6 +43,7 @@ class Journal:
         self.path = path
         self.modes: dict[int, int] = {}
         self.seen: dict[int, Seen] = {}
+        self.first: dict[int, str] = {}
         self.links: dict[int, tuple[str, int]] = {}
         self._head = dict(head)
         self._fd: int | None = None
@@ -83,10 +84,11 @@ class Journal:
         if self.modes.get(inode) != mode:
             self._note({"inode": inode, "mode": mode})
 
-    def note_seen(self, inode: int, seen: Seen) -> None:
-        """Remember what the guest sees of a file."""
-        if self.seen.get(inode) != seen:
-            self._note({"inode": inode, "seen": [seen.uid, seen.gid, seen.mode, seen.rdev]})
+    def note_seen(self, inode: int, seen: Seen, path: str) -> None:
+        """Remember what the guest sees of a file with several names, and the first of them."""
+        if inode not in self.seen:
+            values = [seen.uid, seen.gid, seen.mode, seen.rdev]
+            self._note({"inode": inode, "seen": values, "path": os.fsencode(path).hex()})
 
     def note_link(self, inode: int, path: str, new: int) -> None:
         """Remember what replaces a file: the path that it will have within the share, and its inode number."""
@@ -117,8 +119,9 @@ class Journal:
         mode, seen, path, new = (line.get(key) for key in ("mode", "seen", "path", "new"))
         if isinstance(mode, int):
             self.modes[inode] = mode
-        elif isinstance(seen, list):
+        elif isinstance(seen, list) and isinstance(path, str):
             self.seen[inode] = Seen(*seen)
+            self.first[inode] = os.fsdecode(bytes.fromhex(path))
         elif isinstance(path, str) and isinstance(new, int):
             self.links[inode] = (os.fsdecode(bytes.fromhex(path)), new)
 

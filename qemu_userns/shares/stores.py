@@ -76,14 +76,9 @@ class FileStore(NoStore):
 
     def write(self, entry: "Entry", seen: "Seen", owner: "tuple[int, int]") -> None:
         """Keep it, all or nothing."""
-        dirfd = self._open_dir(entry)
-        if dirfd is None:
-            os.mkdir(virtfs.META_DIR, 0o700, dir_fd=entry.dirfd)
-            dirfd = open_beneath(entry.dirfd, virtfs.META_DIR, os.O_RDONLY | os.O_DIRECTORY)
         data = virtfs.build_metadata(seen)
+        dirfd = self._make_dir(entry, owner)
         try:
-            if entry.name != ROOT:
-                give(dirfd, owner)
             fd = os.open(NEW_METADATA, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
             try:
                 os.write(fd, data)
@@ -93,6 +88,29 @@ class FileStore(NoStore):
             os.rename(NEW_METADATA, _metadata_name(entry), src_dir_fd=dirfd, dst_dir_fd=dirfd)
         finally:
             os.close(dirfd)
+
+    def link(self, entry: "Entry", root: int, path: str, owner: "tuple[int, int]") -> None:
+        """Let an entry have the metadata file of another name of the same file, as QEMU does it.
+
+        Args:
+            entry: that has none.
+            root: fd of the share's root; borrowed.
+            path: of the other name, from there.
+            owner: of a metadata directory that has to be made.
+
+        Raises:
+            OSError: the other name has none.
+        """
+        head, _, name = path.rpartition("/")
+        other = open_beneath(root, f"{head or ROOT}/{virtfs.META_DIR}", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            dirfd = self._make_dir(entry, owner)
+            try:
+                os.link(name, entry.name, src_dir_fd=other, dst_dir_fd=dirfd, follow_symlinks=False)
+            finally:
+                os.close(dirfd)
+        finally:
+            os.close(other)
 
     def remove(self, entry: "Entry") -> None:
         """Keep it no longer."""
@@ -119,6 +137,16 @@ class FileStore(NoStore):
             os.close(fd)
         os.rmdir(virtfs.META_DIR, dir_fd=entry.fd)
 
+    def _make_dir(self, entry: "Entry", owner: "tuple[int, int]") -> int:
+        """Return an owned fd of the directory for the metadata file, made if it is missing."""
+        dirfd = self._open_dir(entry)
+        if dirfd is None:
+            os.mkdir(virtfs.META_DIR, 0o700, dir_fd=entry.dirfd)
+            dirfd = open_beneath(entry.dirfd, virtfs.META_DIR, os.O_RDONLY | os.O_DIRECTORY)
+        if entry.name != ROOT:
+            give(dirfd, owner)
+        return dirfd
+
     def _open_dir(self, entry: "Entry") -> "int | None":
         """Return an owned fd of the directory that has the metadata file; None if there is none."""
         name = ROOT if entry.name == ROOT else virtfs.META_DIR
@@ -130,7 +158,8 @@ class FileStore(NoStore):
             raise ResourceError(f"{virtfs.META_DIR} beside {entry.path}", str(err.strerror)) from err
 
 
-STORES = {PASSTHROUGH: NoStore(), MAPPED_XATTR: XattrStore(), MAPPED_FILE: FileStore()}
+FILES = FileStore()
+STORES = {PASSTHROUGH: NoStore(), MAPPED_XATTR: XattrStore(), MAPPED_FILE: FILES}
 
 
 def read_xattrs(entry: "Entry", prefix: str) -> "dict[str, bytes]":
