@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import CodeType
 
-NAME = ".qemu-userns.bundle"
+PREFIX = ".qemu-userns.bundle"
 _MARK_BYTES = 8
 LOADER = "qemu_userns.hooks.loader"
 # What each group is for; it has all that this imports, unless an earlier group has it.
@@ -48,6 +48,16 @@ _GROUPS = (
     ("qemu_userns.supervisor.server",),
     ("qemu_userns.supervisor.hotplug",),
 )
+
+
+def find_name(entry: str) -> str:
+    """Return the name of the bundle that an entry reads: another version's entries and loader go with another one.
+
+    Args:
+        entry: the text of the entries, before it is filled in.
+    """
+    with open(_find_file(LOADER), "rb") as source:
+        return f"{PREFIX}-{hashlib.sha256(entry.encode() + source.read()).hexdigest()[: 2 * _MARK_BYTES]}"
 
 
 def build_bundle() -> bytes:

@@ -4,7 +4,7 @@ import os
 import sys
 
 from qemu_userns.errors import HostError, ResourceError
-from qemu_userns.hooks.bundle import NAME, build_bundle
+from qemu_userns.hooks.bundle import PREFIX, build_bundle, find_name
 from qemu_userns.host.qemu import is_own_entry
 
 # Started without site and isolated, which saves a third of an interpreter start. The second line is how find_qemu knows us.
@@ -27,8 +27,8 @@ try:
             loader, groups = marshal.loads(file.read(int.from_bytes(file.read(4), "little")))
             sight = {{"BUNDLE": {bundle!r}, "BASE": file.tell(), "GROUPS": groups}}
             exec(loader, {{**sight, "__name__": "qemu_userns.hooks.loader"}})
-except OSError:
-    pass  # the modules are imported one by one
+except (OSError, EOFError, ValueError, TypeError):
+    pass  # there is none, or it is damaged: the modules are imported one by one
 try:
     from qemu_userns.hooks.dropin import main
 except (ImportError, OSError) as error:
@@ -67,7 +67,7 @@ def install(directory: str, path_env: str) -> "list[str]":
     names = find_qemus(path_env)
     if not names:
         raise HostError("qemu-system-*", "no QEMU in PATH", "install qemu-system-x86 or another qemu-system package")
-    bundle = os.path.join(os.path.abspath(directory), NAME)
+    bundle = os.path.join(os.path.abspath(directory), find_name(_ENTRY))
     python, path = os.path.realpath(sys.executable), find_import_path()
     text = _ENTRY.format(python=python, path=path, bundle=bundle)
     try:
@@ -76,6 +76,7 @@ def install(directory: str, path_env: str) -> "list[str]":
         for name in names:
             _write_entry(os.path.join(directory, name), text)
         _write_entry(os.path.join(directory, _PROXY_HELPER), _PROXY_ENTRY.format(python=python, path=path))
+        _remove_others(bundle)
     except OSError as err:
         raise ResourceError(str(err.filename or directory), err.strerror or str(err)) from err
     return [*names, _PROXY_HELPER]
@@ -106,6 +107,14 @@ def find_import_path() -> "list[str]":
     return list(dict.fromkeys(path))
 
 
+def _remove_others(bundle: str) -> None:
+    """Remove the bundles of other versions; an entry that still names one imports the modules one by one."""
+    directory, name = os.path.split(bundle)
+    for other in os.listdir(directory):
+        if other.startswith(PREFIX) and other != name:
+            os.unlink(os.path.join(directory, other))
+
+
 def _write_entry(path: str, text: str) -> None:
     """Write an entry beside its place and move it there, so that a start at the same moment finds a whole one."""
     if os.path.lexists(path) and not is_own_entry(path):
@@ -120,4 +129,6 @@ def _write(path: str, data: bytes, mode: int) -> None:
     with os.fdopen(fd, "wb") as file:
         file.write(data)
         os.fchmod(fd, mode)
+        file.flush()
+        os.fsync(fd)  # after a crash of the host the new name must not stand for half a file
     os.rename(temporary, path)

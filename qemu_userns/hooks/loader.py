@@ -38,7 +38,10 @@ class BundleFinder:
         for member in group[0]:
             del _group_of[member]
         data = _read(*group[1:])
-        files, modules = loads(data) if data is not None else ((), ())
+        try:
+            files, modules = loads(data) if data is not None else ((), ())
+        except (EOFError, ValueError, TypeError):
+            return None  # a crash of the host has left it damaged
         if not is_current(files):
             return None
         spec = None

@@ -116,3 +116,30 @@ def test_the_launch_path_imports_no_other_module() -> None:
     script += "print(*(name for name in sys.modules if name.startswith('qemu_userns')))"
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == early
+
+
+@pytest.mark.parametrize("damage", ["swapped", "cut", "zeros", "gone"])
+def test_a_group_that_is_not_what_the_head_says_is_left_alone(checkout: Path, damage: str) -> None:
+    """The bundle changes between the first group and the second."""
+    make(checkout)
+    bundle = checkout / "bundle"
+    data = bundle.read_bytes()
+    base = 8 + int.from_bytes(data[4:8], "little")
+    (_, first_start, first_size, _), (_, start, size, mark), *_ = marshal.loads(data[8:base])[1]
+    assert first_start + first_size <= start
+    begin = base + start
+    damaged = {
+        "swapped": data[:begin] + bytes(len(mark)) + data[begin + len(mark) :],
+        "cut": data[: begin + size - 100],
+        "zeros": data[: begin + size // 2] + bytes(size // 2) + data[begin + size :],
+    }
+    if damage == "gone":
+        (checkout / "new").touch()
+    else:
+        (checkout / "new").write_bytes(damaged[damage])
+    change = f"import os; os.rename({str(checkout / 'new')!r}, {str(bundle)!r})"
+    script = ASK.format(path=str(checkout), bundle=str(bundle)).replace(
+        "import qemu_userns.planning", f"{change}\nimport qemu_userns.planning"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["BundleFinder", "a"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qemu_userns.errors import HostError, ResourceError
-from qemu_userns.hooks.bundle import NAME
-from qemu_userns.hooks.install import find_qemus, install
+from qemu_userns.hooks.bundle import PREFIX, find_name
+from qemu_userns.hooks.install import _ENTRY, find_qemus, install
 from qemu_userns.host.qemu import is_own_entry
 
 
@@ -30,8 +30,8 @@ def qemus(tmp_path: Path) -> Path:
 def test_an_entry_for_each_qemu(qemus: Path, tmp_path: Path) -> None:
     target = tmp_path / "a/drop in"
     assert install(str(target), str(qemus)) == ["qemu-system-arm", "qemu-system-x86_64", "virtfs-proxy-helper"]
-    assert sorted(os.listdir(target)) == [NAME, "qemu-system-arm", "qemu-system-x86_64", "virtfs-proxy-helper"]
-    assert (target / NAME).stat().st_mode & 0o777 == 0o644
+    assert sorted(os.listdir(target)) == [find_name(_ENTRY), "qemu-system-arm", "qemu-system-x86_64", "virtfs-proxy-helper"]
+    assert (target / find_name(_ENTRY)).stat().st_mode & 0o777 == 0o644
     for entry in target.glob("[qv]*"):
         assert entry.stat().st_mode & 0o777 == 0o755
         assert is_own_entry(str(entry))
@@ -164,3 +164,34 @@ def dropin_entry() -> str:
     from tests.conftest import dropin_folder
 
     return str(dropin_folder() / "qemu-system-x86_64")
+
+
+def test_the_bundle_of_another_version_goes_and_its_entries_go_on(qemus: Path, tmp_path: Path) -> None:
+    target = tmp_path / "dropin"
+    install(str(target), str(qemus))
+    old = target / f"{PREFIX}-0123456789abcdef"
+    old.write_bytes(b"of another version")
+    entry = target / "qemu-system-x86_64"
+    entry.write_text(entry.read_text().replace(find_name(_ENTRY), old.name))
+    (qemus / "qemu-system-x86_64").rename(tmp_path / "qemu-system-x86_64")
+    install(str(target), str(qemus))
+    assert sorted(path.name for path in target.glob(f"{PREFIX}*")) == [find_name(_ENTRY)]
+    assert old.name in entry.read_text()
+    assert start(entry) == "qemu-userns: qemu-system-x86_64: no QEMU of this name in PATH"
+
+
+@pytest.mark.parametrize("size", [0, 3, 6, 100, 3000])
+def test_a_bundle_that_is_cut_costs_time_only(size: int, qemus: Path, tmp_path: Path) -> None:
+    target = tmp_path / "dropin"
+    install(str(target), str(qemus))
+    bundle = target / find_name(_ENTRY)
+    bundle.write_bytes(bundle.read_bytes()[:size])
+    (qemus / "qemu-system-x86_64").unlink()
+    assert start(target / "qemu-system-x86_64") == "qemu-userns: qemu-system-x86_64: no QEMU of this name in PATH"
+
+
+def start(entry: Path) -> str:
+    """Start an entry whose QEMU is gone; return what it says first."""
+    done = subprocess.run([entry], capture_output=True, text=True, env={"PATH": "/nonexistent"}, check=False)
+    assert done.returncode != 0
+    return done.stderr.splitlines()[0]
