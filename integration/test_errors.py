@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -26,6 +27,7 @@ from integration.talk import (
     status_of,
     wait_until,
 )
+from tests.conftest import CHECKOUT
 
 pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
 
@@ -250,3 +252,22 @@ def test_ctrl_c_before_qemu_runs_ends_the_process_by_that_signal(dropin: list[st
 def is_opening(pid: int) -> bool:
     """Tell whether the launcher waits for the writer of a FIFO that it opens."""
     return Path(f"/proc/{pid}/wchan").read_text() == "wait_for_partner"
+
+
+@pytest.mark.parametrize("more", [(), ("-pidfile", "pid")])
+def test_a_program_that_cannot_be_executed_leaves_nothing(shared_tmp: Path, more: tuple[str, ...]) -> None:
+    """Its interpreter is not in the view."""
+    shell, program = shared_tmp / "interpreter", shared_tmp / "qemu-system-x86_64"
+    shutil.copy("/bin/dash", shell)
+    program.write_text(f'#!{shell}\nexec {PLAIN[0]} "$@"\n')
+    program.chmod(0o755)
+    words = [str(CHECKOUT / ".venv/bin/qemu-userns"), "run", "--", str(program), "-M", "none", "-S", "-display", "none"]
+    options = ["-D", "log", "-serial", "file:serial", "-monitor", "none", *more]
+    done = subprocess.run([*words, *options], capture_output=True, text=True, timeout=60, cwd=shared_tmp)
+    assert done.returncode == 127
+    assert done.stderr == (
+        f"qemu-userns: {program}: cannot be executed: the interpreter or loader that it names is not in QEMU's view\n"
+    )
+    wait_until(
+        lambda: sorted(path.name for path in shared_tmp.iterdir()) == ["interpreter", "qemu-system-x86_64"], "no file left"
+    )

@@ -96,7 +96,11 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
         opened.take(os.dup(supervisor.channel_fd), plan.find_number("supervisor"))
     pass_fds(opened.passed)
     supervisor.commit()
-    execute(plan.program, plan.words, request.environ)
+    try:
+        execute(plan.program, plan.words, request.environ)
+    except LaunchError:
+        supervisor.fail()
+        raise
 
 
 def execute(program: str, argv: "tuple[str, ...]", environ: "Mapping[str, str]") -> "NoReturn":
@@ -112,4 +116,7 @@ def execute(program: str, argv: "tuple[str, ...]", environ: "Mapping[str, str]")
         os.execve(program, argv, environ)
     except OSError as err:
         status = 127 if err.errno == errno.ENOENT else 126
-        raise LaunchError(program, f"cannot be executed: {err.strerror}", exit_status=status) from err
+        why = err.strerror or str(err)
+        if err.errno == errno.ENOENT and os.path.exists(program):
+            why = "the interpreter or loader that it names is not in QEMU's view"
+        raise LaunchError(program, f"cannot be executed: {why}", exit_status=status) from err

@@ -133,7 +133,7 @@ def close_all_but(kept: "Iterable[int]") -> None:
         first = max(first, fd + 1)
 
 
-SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGCHLD, SIGXFSZ = 1, 2, 13, 15, 17, 25
+SIGHUP, SIGINT, SIGKILL, SIGPIPE, SIGTERM, SIGCHLD, SIGXFSZ = 1, 2, 9, 13, 15, 17, 25
 _sigaction = find_function("sigaction", 3)
 _SIG_IGN = 1
 _SIZE_OF_SIGACTION = 256  # more than any architecture's; all zero is SIG_DFL without flags
@@ -148,3 +148,12 @@ def ignore_signal(number: int) -> None:
     """Ignore a signal from now on, over execve too: sigaction(2)."""
     handler = struct.pack("P", _SIG_IGN)
     call(_sigaction, number, handler + bytes(_SIZE_OF_SIGACTION - len(handler)), None)
+
+
+def pidfd_send_signal(pidfd: int, number: int) -> None:
+    """Signal a process that cannot be mistaken for another one, as a pid can.
+
+    Raises:
+        OSError: ESRCH when it has ended and been waited for; EPERM when it is somebody else's.
+    """
+    syscall(424, pidfd, number, None, 0)

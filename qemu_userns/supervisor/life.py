@@ -7,7 +7,7 @@ import time
 from qemu_userns.host.leftovers import hold
 from qemu_userns.supervisor.cleanup import clean_up
 from qemu_userns.supervisor.poller import IN, Poller
-from qemu_userns.supervisor.process import COMMIT, show
+from qemu_userns.supervisor.process import COMMIT, FAILED, show
 from qemu_userns.supervisor.state import read_state
 
 TYPE_CHECKING = False
@@ -32,10 +32,12 @@ class Watch:
             daemonizes: that process ends, and a child of it is QEMU; its end is the channel's until its pid is known.
         """
         self.committed = channel is None
+        self._token = ""
+        self._channel = -1 if channel is None else channel
         self.ended = False
         self._poller, self._daemonizes, self._pidfd = poller, daemonizes, pidfd
         if channel is not None:
-            self._channel = channel
+            os.set_blocking(channel, False)
             poller.watch(channel, IN, self._hear)
         if not daemonizes:
             self._watch_process()
@@ -53,17 +55,35 @@ class Watch:
         self._poller.watch(self._pidfd, IN, lambda _: self._end())
 
     def _hear(self, events: int) -> None:
-        """Wait for COMMIT, then for the end; what QEMU may say here means nothing."""
-        if not self.committed and events & IN and os.read(self._channel, _MESSAGE_BYTES) == COMMIT.encode():
-            self.committed = True
-            self._poller.watch(self._channel, 0, self._hear)
+        """Wait for COMMIT, then for FAILED, or the end; what QEMU may say here means nothing."""
+        if events & IN and (said := self._read()):
+            self._note(said)
         elif not self.committed or self._daemonizes:
             self._end()
         else:
             self._poller.unwatch(self._channel)  # closed, but QEMU's process is there
 
+    def _note(self, said: str) -> None:
+        """Take a message."""
+        kind, _, token = said.partition(" ")
+        if kind == COMMIT and not self._token:
+            self.committed, self._token = True, token
+        else:
+            self.committed = self.committed and (kind, token) != (FAILED, self._token)
+            self._poller.watch(self._channel, 0, self._hear)
+
+    def _read(self) -> str:
+        """Return a message, "" at the end or where there is none."""
+        try:
+            return os.read(self._channel, _MESSAGE_BYTES).decode(errors="replace")
+        except OSError:
+            return ""
+
     def _end(self) -> None:
+        """Take the end, and what the launcher said last, of which its process's end may be seen first."""
         self.ended = True
+        while self._channel >= 0 and (said := self._read()):
+            self._note(said)
 
 
 def run(state: "State", watch: Watch, poller: Poller, server: "Server | None") -> None:
@@ -84,8 +104,8 @@ def run(state: "State", watch: Watch, poller: Poller, server: "Server | None") -
     clean_up([item for item in leftovers if item.temporary or not watch.committed], downscripts, state.lease)
 
 
-def supervise(channel: int, launcher: int, state_fd: int, *served: int) -> None:
-    """Be the supervisor of one VM from its launch on.
+def begin(channel: int, launcher: int, state_fd: int, *served: int) -> "tuple[State, Watch, Poller, Server | None]":
+    """Begin to be the supervisor of one VM at its launch; return what `run` goes on with.
 
     Args:
         channel: the socket to the launcher, whose other end QEMU keeps.
@@ -104,7 +124,7 @@ def supervise(channel: int, launcher: int, state_fd: int, *served: int) -> None:
         server.serve(list(served))
     gc.freeze()  # what was imported stays
     gc.enable()  # the launcher switched it off
-    run(state, watch, poller, server)
+    return state, watch, poller, server
 
 
 def adopt(directory: str, pid: int, ready: int) -> None:

@@ -3,19 +3,20 @@
 Theory of operation. `fork_supervisor` starts it in a process group of its own and with no fd of the caller. At once it makes
 QEMU's namespaces and has the id maps written, which takes newuidmap and newgidmap as long as the launcher needs to plan; then it
 answers with the pid of the namespaces' holder, and leaves the launcher's family by another fork. Over a socket of messages the
-launcher tells of each file that it creates (`note`), says when it has joined the namespaces (`hand_over`), and sends COMMIT last
-before execve. If the socket ends without COMMIT, the launcher has died, and all those files are removed.
+launcher tells of each file that it creates (`note`), says when it is about to join the namespaces (`hand_over`), and sends COMMIT
+last before execve. If the socket ends without COMMIT, the launcher has died, and if FAILED comes behind it, QEMU cannot be
+executed: all those files are removed.
 
-Where nothing is left to do once QEMU runs, the supervisor ends at COMMIT. Else `hand_over` brings the state of the VM and the
-fds to serve, and it goes on as life.py says, while the launcher builds the view. It executes nothing for that: a fresh
-interpreter would take as long to start, and to import again what is here, as QEMU takes to greet. What /proc shows of the
-caller's command line and environment is overwritten.
+Where nothing is left to do once QEMU runs, the supervisor ends when execve has closed the socket. Else `hand_over` brings the
+state of the VM and the fds to serve, and it goes on as life.py says, while the launcher builds the view. It executes nothing for
+that: a fresh interpreter would take as long to start, and to import again what is here, as QEMU takes to greet. What /proc shows
+of the caller's command line and environment is overwritten.
 """
 
 import os
 import sys
 
-from qemu_userns.errors import HostError, SandboxError
+from qemu_userns.errors import HostError, SandboxError, describe_bug
 from qemu_userns.host.leftovers import Downscript, Leftover, decode, encode
 from qemu_userns.host.usernamespace import Holder, open_namespace, write_maps
 from qemu_userns.linux import process
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 STANDARD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 READY = "ready"
-JOINED, COMMIT = "joined", "commit"
+JOINED, COMMIT, FAILED = "joined", "commit", "failed"
+_TOKEN_BYTES = 8
 _SIZE_BYTES = 65536
 _MOST_FDS = 253  # of one message: SCM_MAX_FD
 
@@ -49,6 +51,7 @@ class Supervisor:
         self._channel = channel
         self._answer_fd = answer_fd
         self._child = child
+        self._token = ""
 
     @property
     def channel_fd(self) -> int:
@@ -82,7 +85,7 @@ class Supervisor:
         self._send(encode(item), () if fd is None else (fd,))
 
     def hand_over(self, fds: "Iterable[int]", title: str = "") -> None:
-        """Say that all is open and the namespaces are joined.
+        """Say that all is open, and that this process is about to join the namespaces.
 
         Args:
             fds: what the supervisor needs to stay: a memfd with the state of the VM, then what it serves (state.py); taken over.
@@ -101,8 +104,19 @@ class Supervisor:
 
     def commit(self) -> None:
         """Say that QEMU is about to run, and reap the supervisor's first process, which QEMU would never do."""
-        self._send(COMMIT)
+        self._token = os.urandom(_TOKEN_BYTES).hex()
+        self._send(f"{COMMIT} {self._token}")
         process.reap(self._child)
+
+    def fail(self) -> None:
+        """Say that QEMU does not run after all: what was created goes; a supervisor that has died has taken nothing back.
+
+        QEMU has the channel too, but not the token: it is gone with this process's memory.
+        """
+        try:
+            self._send(f"{FAILED} {self._token}")
+        except SandboxError:
+            return
 
     def _send(self, message: str, fds: "tuple[int, ...]" = ()) -> None:
         """Send a message, and copies of fds.
@@ -159,7 +173,8 @@ def _run_child(channel: "Socket", answer: int, identity: "Identity", lease: str)
             # Who stops QEMU's whole control group still wants QEMU's files removed after it.
             process.ignore_signal(number)
         process.reset_signal(process.SIGCHLD)  # ignored, the exit status of newuidmap would be lost
-        _leave_caller(channel.fileno(), answer, launcher)
+        errors = _copy_stderr()
+        _leave_caller(channel.fileno(), answer, launcher, errors)
         holder = _make_namespaces(identity, answer)
         notes: "list[Leftover | Downscript]" = []
         joined = _take_notes(channel, notes)
@@ -171,11 +186,25 @@ def _run_child(channel: "Socket", answer: int, identity: "Identity", lease: str)
         if os.fork() == 0:  # only now, while the launcher builds the view: it waits for the maps, and QEMU must have no child
             os.setsid()
             if fds:
-                _stay(title, channel.detach(), launcher, fds)
-            elif os.fsdecode(channel.recv(_SIZE_BYTES)) != COMMIT:
+                _stay(title, channel.detach(), launcher, fds, errors)
+            elif not _wait_for_execve(channel):
                 _give_up(notes, lease)
     finally:
         os._exit(0)
+
+
+def _copy_stderr() -> int:
+    """Return an owned fd of the caller's stderr, -1 if there is none."""
+    try:
+        return os.dup(2)
+    except OSError:
+        return -1
+
+
+def _wait_for_execve(channel: "Socket") -> bool:
+    """Wait until the launcher is QEMU, which closes the channel; return False if it has failed."""
+    said = os.fsdecode(channel.recv(_SIZE_BYTES))
+    return said.startswith(COMMIT) and not channel.recv(_SIZE_BYTES)
 
 
 def _leave_caller(*own: int) -> None:
@@ -243,11 +272,22 @@ def show(title: str) -> None:
     process.set_title("qemu-userns-sup", f"qemu-userns-supervisor: {title}")  # a name has 15 bytes
 
 
-def _stay(title: str, channel: int, launcher: int, fds: "list[int]") -> None:
-    """Be the supervisor of the VM that is handed over, until it ends; takes over the fds."""
+def _stay(title: str, channel: int, launcher: int, fds: "list[int]", errors: int) -> None:
+    """Be the supervisor of the VM that is handed over, until it ends; takes over the fds.
+
+    A VM that nobody could serve, and whose files nobody would remove, is ended before it has begun.
+    """
     show(title)
     os.environ.clear()
     os.environ["PATH"] = STANDARD_PATH  # for what it runs (host/programs.py, host/scripts.py)
-    from qemu_userns.supervisor.life import supervise
+    try:
+        from qemu_userns.supervisor.life import begin, run
 
-    supervise(channel, launcher, *fds)
+        vm = begin(channel, launcher, *fds)
+    except Exception as err:  # whatever it is, nobody else would tell
+        os.write(errors, f"qemu-userns: the supervisor cannot begin: {describe_bug(err)}\n".encode(errors="backslashreplace"))
+        process.pidfd_send_signal(launcher, process.SIGKILL)
+        raise
+    if errors >= 0:
+        os.close(errors)
+    run(*vm)

@@ -209,14 +209,48 @@ def supervisors_of(held: str) -> list[int]:
 
 
 @pytest.mark.userns
-def test_with_nothing_to_do_it_ends_at_commit() -> None:
+def test_with_nothing_to_do_it_ends_with_execve() -> None:
     def launcher(supervisor: Supervisor) -> int:
         close_all(supervisor.open_namespaces())
         supervisor.hand_over(())
         supervisor.commit()
+        with socket.socket(fileno=os.dup(supervisor.channel_fd)) as channel:
+            channel.shutdown(socket.SHUT_WR)
         return len(os.read(supervisor.channel_fd, 1))  # the other end is closed
 
     assert in_launcher(launcher) == 0
+
+
+@pytest.mark.userns
+@pytest.mark.parametrize("stays", [False, True])
+def test_what_was_created_goes_where_qemu_cannot_be_executed(tmp_path: Path, stays: bool) -> None:
+    folder = tmp_path.resolve()
+    (folder / "file").touch()
+
+    def launcher(supervisor: Supervisor) -> None:
+        supervisor.note(leftover(folder / "file", False))
+        close_all(supervisor.open_namespaces())
+        supervisor.hand_over([write_state(a_state(leftover(folder / "file", False)))] if stays else ())
+        supervisor.commit()
+        supervisor.fail()
+
+    in_launcher(launcher)
+    wait_until(lambda: not list(folder.iterdir()))
+
+
+@pytest.mark.userns
+def test_a_supervisor_that_cannot_begin_says_so_and_ends_the_launch(capfd: pytest.CaptureFixture[str]) -> None:
+    memory = os.memfd_create("no state")
+
+    def launcher(supervisor: Supervisor) -> None:
+        close_all(supervisor.open_namespaces())
+        supervisor.hand_over([memory])
+        time.sleep(30)
+
+    with pytest.raises(AssertionError, match="the child was killed"):
+        in_launcher(launcher)
+    os.close(memory)
+    assert "qemu-userns: the supervisor cannot begin: " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("daemonizes", [False, True])
@@ -229,7 +263,7 @@ def test_it_waits_for_the_end_of_qemu(tmp_path: Path, daemonizes: bool) -> None:
     with subprocess.Popen(["sleep", "60"]) as qemu:
         pidfd = os.pidfd_open(qemu.pid)
         fds = (theirs.fileno(), pidfd, state)
-        script = "import sys; from qemu_userns.supervisor.life import supervise; supervise(*map(int, sys.argv[1:]))"
+        script = "import sys; from qemu_userns.supervisor.life import begin, run; run(*begin(*map(int, sys.argv[1:])))"
         command = [sys.executable, "-c", script, *map(str, fds)]
         process = subprocess.Popen(command, pass_fds=fds)
         theirs.close()
