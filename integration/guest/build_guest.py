@@ -95,7 +95,7 @@ def build_in(work: Path, package: str, version: str) -> Path:
     with progress("building the initramfs"):
         busybox = next(path for path in (busybox_tree / "bin/busybox", busybox_tree / "usr/bin/busybox") if path.is_file())
         # Not compressed: QEMU reads 20 MB sooner than a guest under TCG decompresses five.
-        write_file(result / "initramfs", build_initramfs(kernel_tree, busybox))
+        write_file(result / "initramfs", build_initramfs(kernel_tree, busybox, MODULES, INIT))
     return result
 
 
@@ -293,10 +293,14 @@ def dependency_lines(modules: dict[str, Module]) -> str:
 # --- the initramfs --------------------------------------------------------------------------------------------------
 
 
-def build_initramfs(kernel_tree: Path, busybox: Path) -> bytes:
-    """Return the cpio archive that the guest runs from."""
+def compress(initramfs: bytes) -> bytes:
+    return gzip.compress(initramfs, compresslevel=6, mtime=0)
+
+
+def build_initramfs(kernel_tree: Path, busybox: Path, wanted: list[str], init: Path) -> bytes:
+    """Return the cpio archive of busybox, `init` and the wanted kernel modules."""
     modules_root = next(path for path in kernel_tree.glob("**/lib/modules/*") if path.is_dir())
-    modules = read_modules(modules_root, MODULES)
+    modules = read_modules(modules_root, wanted)
     folder = f"lib/modules/{modules_root.name}"
 
     archive = Cpio()
@@ -309,7 +313,7 @@ def build_initramfs(kernel_tree: Path, busybox: Path) -> bytes:
     archive.add_file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
     archive.add_file("etc/group", b"root:x:0:\n")
     archive.add_file("bin/busybox", busybox.read_bytes(), mode=0o755)
-    archive.add_file("init", INIT.read_bytes(), mode=0o755)
+    archive.add_file("init", init.read_bytes(), mode=0o755)
     for module in modules.values():
         archive.add_file(f"{folder}/{module.path}", module.content)
     aliases = "".join(f"alias {alias} {name}\n" for name, module in sorted(modules.items()) for alias in module.aliases)
