@@ -78,9 +78,10 @@ def qemu_words(host: HostFiles, home: Path) -> list[str]:
     ports = {"output": "path=/dev/stdout,append=on", "status": f"path={home}/status"}
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-reboot", "-display", "none", "-M", "q35", "-accel", "tcg,thread=multi"),
-        *("-cpu", "max", "-smp", "2", "-m", str(MEMORY_MIB)),
+        *("-cpu", "max", "-smp", "2,cores=1,threads=2", "-m", str(MEMORY_MIB)),
         *("-kernel", str(host.kernel), "-initrd", str(host.initramfs)),
-        *("-append", "console=ttyS0 panic=-1 quiet loglevel=4"),
+        *("-append", "console=ttyS0 panic=-1 loglevel=4 intel_iommu=on"),
+        *("-device", "intel-iommu,intremap=on", "-device", "e1000e"),  # a device for vfio
         *("-chardev", f"file,id=console,path={home}/console", "-serial", "chardev:console"),
         *("-drive", f"file={host.root},if=none,id=root,format=raw,snapshot=on", "-device", "virtio-blk-pci,drive=root"),
         *("-drive", f"file={home}/project.tar,if=none,id=project,format=raw,readonly=on", "-device", "virtio-blk-pci,drive=project"),
