@@ -78,10 +78,10 @@ def qemu_words(host: HostFiles, home: Path) -> list[str]:
     ports = {"output": "path=/dev/stdout,append=on", "status": f"path={home}/status"}
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-reboot", "-display", "none", "-M", "q35", "-accel", "tcg,thread=multi"),
-        *("-cpu", "max", "-smp", "2,cores=1,threads=2", "-m", str(MEMORY_MIB)),
+        *("-cpu", "max,topoext=on", "-smp", "2,cores=1,threads=2", "-m", str(MEMORY_MIB)),
         *("-kernel", str(host.kernel), "-initrd", str(host.initramfs)),
         *("-append", "console=ttyS0 panic=-1 loglevel=4 intel_iommu=on"),
-        *("-device", "intel-iommu,intremap=on", "-device", "e1000e"),  # a device for vfio
+        *("-device", "intel-iommu,intremap=on", "-nic", "none", "-device", "e1000e"),  # a device for vfio
         *("-chardev", f"file,id=console,path={home}/console", "-serial", "chardev:console"),
         *("-drive", f"file={host.root},if=none,id=root,format=raw,snapshot=on", "-device", "virtio-blk-pci,drive=root"),
         *("-drive", f"file={home}/project.tar,if=none,id=project,format=raw,readonly=on", "-device", "virtio-blk-pci,drive=project"),
@@ -100,7 +100,7 @@ def qemu_words(host: HostFiles, home: Path) -> list[str]:
 
 def pack_project(archive: Path) -> None:
     """Write a tar file of what git lists of this checkout, and of the guest that is nested in the host."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, check=True).stdout.split(b"\0")
+    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=CHECKOUT, capture_output=True, check=True).stdout.split(b"\0")
     guest = (find_guest() or build_nested_guest()).kernel.parent
     with tarfile.open(archive, "w") as tar:
         for name in filter(None, names):
