@@ -56,7 +56,7 @@ def test_a_guests_number_is_nobody_elses(launch: Launch, shared_tmp: Path) -> No
 @pytest.mark.usefixtures("vsock")
 def test_a_guest_talks_over_vsock(launch: Launch, shared_tmp: Path) -> None:
     device = ["-device", f"vhost-vsock-pci,guest-cid={CID}"]
-    with running_guest([*dropin_words(), *launch.options], tmp=shared_tmp, extra=device, timeout_s=300) as guest:
+    with running_guest([*dropin_words(), *launch.options], tmp=shared_tmp, extra=device, accel="kvm", timeout_s=300) as guest:
         guest.check("modprobe vmw_vsock_virtio_transport")
         with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as connection, pytest.raises(ConnectionResetError):
             connection.connect((CID, PORT))  # nobody listens; without a guest that says so it would be ENODEV or ETIMEDOUT

@@ -1,4 +1,4 @@
-"""Build the test host of one Debian suite from Debian's packages: `python3 -m integration.host.build_host SUITE` prints its folder.
+"""Build the test host of a Debian suite from its packages: `python3 -m integration.host.build_host SUITE` prints its folder.
 
     CACHE/SUITE-SOURCES/vmlinux         the suite's kernel, uncompressed
                         initramfs.gz    mounts the root and goes on with `init` of this folder

@@ -51,10 +51,17 @@ def run_in_host(host: HostFiles, command: str, timeout_s: float) -> int:
         home = Path(folder)
         (home / "command").write_text(command)
         pack_project(home / "project.tar")
-        with subprocess.Popen(qemu_words(host, home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=end_with_us) as qemu:
+        with subprocess.Popen(
+            qemu_words(host, home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=end_with_us
+        ) as qemu:
             assert qemu.stdout is not None
             late = threading.Event()
-            timer = threading.Timer(timeout_s, lambda: (late.set(), qemu.kill()))
+
+            def end() -> None:
+                late.set()
+                qemu.kill()
+
+            timer = threading.Timer(timeout_s, end)
             timer.start()
             try:
                 while data := os.read(qemu.stdout.fileno(), 65536):
@@ -78,13 +85,18 @@ def qemu_words(host: HostFiles, home: Path) -> list[str]:
     ports = {"output": "path=/dev/stdout,append=on", "status": f"path={home}/status"}
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-reboot", "-display", "none", "-M", "q35", "-accel", "tcg,thread=multi"),
-        *("-cpu", "max,topoext=on", "-smp", "2,cores=1,threads=2", "-m", str(MEMORY_MIB)),
+        *("-cpu", "max", "-smp", "2", "-m", str(MEMORY_MIB)),
         *("-kernel", str(host.kernel), "-initrd", str(host.initramfs)),
         *("-append", "console=ttyS0 panic=-1 loglevel=4 intel_iommu=on"),
         *("-device", "intel-iommu,intremap=on", "-nic", "none", "-device", "e1000e"),  # a device for vfio
         *("-chardev", f"file,id=console,path={home}/console", "-serial", "chardev:console"),
         *("-drive", f"file={host.root},if=none,id=root,format=raw,snapshot=on", "-device", "virtio-blk-pci,drive=root"),
-        *("-drive", f"file={home}/project.tar,if=none,id=project,format=raw,readonly=on", "-device", "virtio-blk-pci,drive=project"),
+        *(
+            "-drive",
+            f"file={home}/project.tar,if=none,id=project,format=raw,readonly=on",
+            "-device",
+            "virtio-blk-pci,drive=project",
+        ),
         *("-fw_cfg", f"name=opt/qemu-userns/command,file={home}/command"),
         *("-device", "virtio-serial-pci,id=ports"),
         *(
@@ -100,7 +112,9 @@ def qemu_words(host: HostFiles, home: Path) -> list[str]:
 
 def pack_project(archive: Path) -> None:
     """Write a tar file of what git lists of this checkout, and of the guest that is nested in the host."""
-    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=CHECKOUT, capture_output=True, check=True).stdout.split(b"\0")
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=CHECKOUT, capture_output=True, check=True
+    ).stdout.split(b"\0")
     guest = (find_guest() or build_nested_guest()).kernel.parent
     with tarfile.open(archive, "w") as tar:
         for name in filter(None, names):

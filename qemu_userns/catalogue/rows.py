@@ -160,6 +160,7 @@ ROWS: "tuple[Row, ...]" = (
     Row("blockdev", "**.logfile", ways.APPEND, (("driver", ("gluster",)),)),
     Row("blockdev", "**.path", ways.SOCKET, (("driver", ("virtio-blk-vhost-user",)),)),
     Row("blockdev", "**.path", ways.DEVICE, (("driver", ("virtio-blk-vhost-vdpa", "nvme-io_uring")),)),
+    Row("blockdev", "**.path", ways.VFIO, (("driver", ("virtio-blk-vfio-pci",)),)),  # its directory in /sys; QEMU >= 8.1
     Row("iscsi", "initiator-name-file", ways.READ),
     # Memory
     *_with_values("mem-path", ways.MEMORY),

@@ -317,6 +317,7 @@ CASES = [
     ],
     *[Case(("-device", f"vfio-pci,host={host}"), (), ()) for host in ("x", "0:1", "0:0:0:0.0", "1:.0", "1:2.")],
     case("-device vfio-ap,sysfsdev=/sys/mdev", ways.VFIO, "/sys/mdev", "ro /sys/mdev", "ro /sys/mdev/subsystem", *VFIO),
+    case("-blockdev virtio-blk-vfio-pci,node-name=a,path=/sys/x", ways.VFIO, "/sys/x", "ro /sys/x", *VFIO),
     case("-device vfio-pci,sysfsdev=/sys/x,fd=9", ways.FD, "9", "fd 9", fds=(9,)),
     case("-enable-kvm", ways.KVM, "", "device /dev/kvm"),
     case("-accel kvm", ways.KVM, "kvm", "device /dev/kvm"),

@@ -417,6 +417,7 @@ HARMLESS = {
     ("qom-get", "path"): "a path of QEMU's object tree",
     ("qom-list", "path"): "a path of QEMU's object tree",
     ("x-query-virtio", "path"): "a path of QEMU's object tree",
+    ("cxl-*", "path"): "a path of QEMU's object tree",
     ("netdev_add", "bootfile"): "a name inside the tftp directory, for the guest",
     ("netdev_add", "tftp-server-name"): "a string for the guest",
     ("netdev_add", "devname"): "an interface (netmap)",
@@ -518,6 +519,7 @@ def is_harmless(command: str, key: list[str], value: object) -> bool:
         return False
     name = "blockdev-add" if command in ("blockdev-reopen", "blockdev-create") and (command, last) not in HARMLESS else command
     name = "x-query-virtio" if command.startswith("x-query-virtio") else name
+    name = "cxl-*" if command.startswith("cxl-") else name
     return (name, last) in HARMLESS or ("*", last) in HARMLESS or any((tag, last) in HARMLESS_TAGS for tag in tags_of(value))
 
 
