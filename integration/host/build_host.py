@@ -1,7 +1,7 @@
 """Build the test host of a Debian suite from its packages: `python3 -m integration.host.build_host SUITE` prints its folder.
 
     CACHE/SUITE-SOURCES/vmlinux         the suite's kernel, uncompressed
-                        initramfs.gz    mounts the root and goes on with `init` of this folder
+                        initramfs       mounts the root and goes on with `init` of this folder
                         root.ext4       the suite's system with QEMU, Python and what the tests import; the project is not in it
 
 SOURCES is a hash of what it is built by: a changed builder builds anew. Nothing is installed on this machine and root is not
@@ -81,7 +81,7 @@ def build_host(suite: Suite) -> HostFiles:
                 os.chmod(work, 0o755)  # mmdebstrap's hooks run with other ids
                 os.rename(build_in(Path(work), suite), made)
         forget_old_builds(cache, suite)
-    return HostFiles(made / "vmlinux", made / "initramfs.gz", made / "root.ext4")
+    return HostFiles(made / "vmlinux", made / "initramfs", made / "root.ext4")
 
 
 def build_in(work: Path, suite: Suite) -> Path:
@@ -100,7 +100,7 @@ def build_in(work: Path, suite: Suite) -> Path:
         bzimage = next(boot.glob("boot/vmlinuz-*"))
         write_file(result / "vmlinux", build_guest.extract_vmlinux(bzimage.read_bytes()))
         initramfs = build_guest.build_initramfs(boot, boot / "usr/bin/busybox", INITRAMFS_MODULES, INITRAMFS_INIT)
-        write_file(result / "initramfs.gz", build_guest.compress(initramfs))
+        write_file(result / "initramfs", initramfs)
         build_ext4(tree, result / "root.ext4", work)
     return result
 
