@@ -211,7 +211,7 @@ def raw_share(qemu: Sequence[str], path: Path, model: str, options: Sequence[str
     words += ["-chardev", f"socket,id=qtest,fd={theirs.fileno()}", "-qtest", "chardev:qtest", "-qtest-log", "none"]
     words += ["-fsdev", value, "-device", "virtio-9p-device,fsdev=fs,mount_tag=fs", *options]
     null = subprocess.DEVNULL
-    with ours, subprocess.Popen(words, pass_fds=(theirs.fileno(),), stdin=null, stderr=null) as process:
+    with ours, subprocess.Popen(words, pass_fds=(theirs.fileno(),), stdin=null, stderr=None) as process:
         theirs.close()
         try:
             yield RawShare(ours, process.pid)

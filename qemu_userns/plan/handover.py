@@ -5,8 +5,8 @@ Path first: a file that QEMU may open with its own rights is shown at its path. 
 
 from qemu_userns.catalogue import ways
 from qemu_userns.catalogue.needs import names_tap
-from qemu_userns.cmdline.source import append, drop, remove, replace
-from qemu_userns.plan import devices, images
+from qemu_userns.cmdline.source import drop, remove
+from qemu_userns.plan import devices, images, shares
 from qemu_userns.plan.draft import is_shown
 from qemu_userns.plan.facts import ABSENT, DIRECTORY, MISSING, REGULAR, SOCKET, directory_of
 from qemu_userns.plan.grants import READ, SEARCH, WRITE, Connect, Consume, Create, CreateDir, Listen, Reserved
@@ -19,15 +19,8 @@ if TYPE_CHECKING:
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import CommandLine
     from qemu_userns.plan.draft import Draft
-    from qemu_userns.plan.facts import PathFact
-    from qemu_userns.plan.identity import MountMap
 
     Handover = Callable[[Draft, Need, CommandLine], None]
-
-CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID = 0, 1, 3, 4
-# What -fsdev local needs to act for every guest user; all of them reach no further than the mapped ids.
-PASSTHROUGH_CAPABILITIES = frozenset((CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID))
-
 
 def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Add what one need takes."""
@@ -43,9 +36,7 @@ def _reopen_fd(draft: "Draft", need: "Need", number: int, commandline: "CommandL
     """Keep an fd of the caller that is named as a path; QEMU opens its file again, or gets what it may not open otherwise."""
     fact = draft.path(need.path)
     if need.way == ways.SHARE:
-        _choose_capabilities(draft, need)
-        if _choose_map(draft, need, fact) is not None:
-            draft.refuse(f"{need.describe()} {need.path}", "an fd of the caller cannot be shown with other ids", "name its path")
+        shares.keep_fd(draft, need, fact)
     if fact.kind != REGULAR or draft.may(fact, READ):
         draft.keep_fd(number, need.describe(), reopened=True)
     elif need.way == ways.IMAGE:
@@ -184,74 +175,6 @@ def _memory(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
             draft.add(CreateDir(need.describe(), fact.real))
 
 
-def _share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
-    """Show the root of a 9p share, and keep the capabilities that its security model takes."""
-    fact = draft.path(need.path)
-    why = f"{need.describe()} {need.path}"
-    model = need.obj.get("security_model") or ""
-    readonly = need.obj.is_on("readonly")
-    if not draft.check(need, fact, READ):
-        return
-    if fact.kind != DIRECTORY:
-        draft.refuse(why, f"it is a {fact.kind}, and a share is a directory", "name the directory that holds it")
-        return
-    if model in ("mapped", "mapped-xattr") and not readonly and not fact.xattrs:
-        draft.refuse(
-            why,
-            f"its file system has no user.* attributes, which security_model={model} keeps ids and modes in",
-            "use security_model=mapped-file",
-        )
-        return
-    _choose_capabilities(draft, need)
-    idmap = _choose_map(draft, need, fact)
-    if fact.real == "/":
-        draft.show_host(read_only=readonly)
-        if not readonly:
-            draft.warnings.append(f"{why}: the share is the whole host tree, so QEMU sees all of it")
-        return
-    draft.bind(fact, not readonly, need.describe(), idmap=idmap)
-    if idmap is None and not readonly and not draft.may(fact, WRITE | SEARCH):
-        draft.notes.append(
-            f"{why}: belongs to {fact.uid}:{fact.gid}; QEMU is {draft.identity.uid}:{draft.identity.gid} and can only read it"
-        )
-
-
-def _stand_in(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
-    """Serve a share of virtfs-proxy-helper's by QEMU's own local driver, under the ids of the stand-in's user namespace."""
-    share = need.obj
-    found = draft.facts.stand_ins[share]
-    why = f"virtfs-proxy-helper serves no protocol here: it hands {found.path} over"
-    model = share.members[0].replace(key="security_model", value="passthrough")
-    local = need.replace(way=ways.SHARE, path=found.path, obj=share.replace(members=(*share.members, model)))
-    if draft.path(found.path).inode != found.inode:
-        draft.refuse(need.describe(), f"{found.path} is not the directory that virtfs-proxy-helper has opened")
-    _share(draft, local, commandline)
-    draft.keep_fd(found.number, "virtfs-proxy-helper ends when it is closed")
-    draft.edits += (remove(share, member, why) for key in ("sock_fd", "socket") for member in share.find_all(key))
-    draft.edits += (replace(member, "local", why) for member in share.find_all("fsdriver"))
-    draft.edits += (append(share, key, value, why) for key, value in (("path", found.path), ("security_model", "passthrough")))
-    if found.idmap is None and draft.facts.caller.root and not draft.share_maps:
-        draft.warnings.append(
-            f"{need.describe()} proxy {found.path}: its helper is host root without an id map; the share has QEMU's own ids "
-            f"(share.{share.id or share.get('mount_tag')}.idmap gives it a map)"
-        )
-
-
-def _choose_map(draft: "Draft", need: "Need", fact: "PathFact") -> "MountMap | None":
-    """Return the map of the mount that shows a share, None without one."""
-    if not draft.share_maps:
-        return None
-    from qemu_userns.plan.idmaps import choose_map
-
-    return choose_map(draft, need, fact)
-
-
-def _choose_capabilities(draft: "Draft", need: "Need") -> None:
-    """Keep what a share's security model takes."""
-    if need.obj.get("security_model") == "passthrough":
-        draft.capabilities |= PASSTHROUGH_CAPABILITIES
-
-
 def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Listen outside and pass the socket, or show the one that QEMU connects to."""
     if need.listens:
@@ -370,8 +293,8 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.PIDFILE: _pidfile,
     ways.MEMORY: _memory,
     ways.IMAGE: images.hand_over,
-    ways.SHARE: _share,
-    ways.STAND_IN: _stand_in,
+    ways.SHARE: shares.show_share,
+    ways.STAND_IN: shares.serve_stand_in,
     ways.DISPLAY: _display,
     ways.WINDOW: _window,
     ways.SOCKET: _socket,

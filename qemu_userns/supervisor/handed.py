@@ -2,6 +2,7 @@
 
 from qemu_userns.host.leftovers import Downscript, Leftover
 from qemu_userns.plan import grants
+from qemu_userns.plan.identity import MapEntry, MountMap
 from qemu_userns.record import Record
 from qemu_userns.sandbox.places import Shown
 
@@ -30,5 +31,5 @@ class Held(Record):
     handed: Handed
 
 
-_RECORDS = (Held, Handed, Leftover, Downscript, Shown, *grants.Grant.__subclasses__())
+_RECORDS = (Held, Handed, Leftover, Downscript, MapEntry, MountMap, Shown, *grants.Grant.__subclasses__())
 CLASSES: "dict[str, type[Record]]" = {cls.__name__: cls for cls in _RECORDS}

@@ -204,6 +204,8 @@ CASES = [
     case("-overcommit mem-lock=on", ways.LOCK, "on"),
     Case(("-overcommit", "cpu-pm=on,mem-lock=off"), (), ()),
     case("-object qtest,id=q,chardev=c,log=/x/new", ways.WRITE, "/x/new", NEW),
+    Case(("-object", "qtest,id=q,chardev=c,log=none"), (), ()),
+    Case(("-qtest-log", "none"), (), ()),
     # Displays
     case("-spice x509-dir=/x/dir", ways.DIRECTORY, "/x/dir", DIR_RO),
     *[case(f"-spice x509-{name}-file=/x/file", ways.READ, "/x/file", RO) for name in ("key", "cert", "cacert", "dh-key")],
