@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -17,6 +18,7 @@ from integration.talk import (
     DEADLINE_S,
     IDLE,
     PLAIN,
+    REAL,
     as_user,
     fds_of,
     home_of,
@@ -271,3 +273,31 @@ def test_a_program_that_cannot_be_executed_leaves_nothing(shared_tmp: Path, more
     wait_until(
         lambda: sorted(path.name for path in shared_tmp.iterdir()) == ["interpreter", "qemu-system-x86_64"], "no file left"
     )
+
+
+@pytest.mark.parametrize("more", [(), ("-daemonize",)])
+def test_without_its_supervisor_qemu_does_not_go_on(shared_tmp: Path, more: tuple[str, ...]) -> None:
+    """As where a file of the package is damaged."""
+    package, entries = shared_tmp / "package", shared_tmp / "entries"
+    shutil.copytree(CHECKOUT / "qemu_userns", package / "qemu_userns", ignore=shutil.ignore_patterns("__pycache__"))
+    server = package / "qemu_userns/supervisor/server.py"
+    server.write_text(server.read_text() + "raise RuntimeError('damaged')\n")
+    script = "import sys; sys.path.insert(0, sys.argv[1]); from qemu_userns.hooks.install import install; install(*sys.argv[2:])"
+    subprocess.run([CHECKOUT / ".venv/bin/python", "-c", script, package, entries, os.path.dirname(REAL)], check=True)
+    made = [shared_tmp / name for name in ("pid", "log", "qmp")]
+    options = ["-pidfile", str(made[0]), "-D", str(made[1]), "-qmp", f"unix:{made[2]},server=on,wait=off", *more]
+    status, stdout, stderr = outcome([str(entries / "qemu-system-x86_64")], *IDLE, *options)
+    assert (status, stdout) == (-signal.SIGKILL, "")
+    assert re.fullmatch(r"qemu-userns: the supervisor cannot begin: internal error: RuntimeError at server.py:\d+: damaged\n", stderr)
+    wait_until(lambda: not any(path.exists() for path in made), "no file left")
+    wait_until(lambda: not find_users(str(shared_tmp)), "no process left")
+
+
+def find_users(folder: str) -> list[Path]:
+    """Return the processes that have a path on their command line."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if folder.encode() in file.read_bytes():
+                found.append(file)
+    return found

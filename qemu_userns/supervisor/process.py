@@ -185,9 +185,7 @@ def _run_child(channel: "Socket", answer: int, identity: "Identity", lease: str)
             holder.let_go()
         if os.fork() == 0:  # only now, while the launcher builds the view: it waits for the maps, and QEMU must have no child
             os.setsid()
-            if fds:
-                _stay(title, channel.detach(), launcher, fds, errors)
-            elif not _wait_for_execve(channel):
+            if not (_stay(title, channel.fileno(), launcher, fds, errors) if fds else _wait_for_execve(channel)):
                 _give_up(notes, lease)
     finally:
         os._exit(0)
@@ -272,10 +270,12 @@ def show(title: str) -> None:
     process.set_title("qemu-userns-sup", f"qemu-userns-supervisor: {title}")  # a name has 15 bytes
 
 
-def _stay(title: str, channel: int, launcher: int, fds: "list[int]", errors: int) -> None:
+def _stay(title: str, channel: int, launcher: int, fds: "list[int]", errors: int) -> bool:
     """Be the supervisor of the VM that is handed over, until it ends; takes over the fds.
 
-    A VM that nobody could serve, and whose files nobody would remove, is ended before it has begun.
+    A VM that nobody could serve, and whose files nobody would remove, is ended before it has begun: then this returns False. The
+    launcher does not wait for that: it takes as long as half of a launch. One that daemonizes by then leaves a child, which ends
+    when it cannot say any more that it is ready (QEMU's os_setup_post).
     """
     show(title)
     os.environ.clear()
@@ -285,9 +285,21 @@ def _stay(title: str, channel: int, launcher: int, fds: "list[int]", errors: int
 
         vm = begin(channel, launcher, *fds)
     except Exception as err:  # whatever it is, nobody else would tell
-        os.write(errors, f"qemu-userns: the supervisor cannot begin: {describe_bug(err)}\n".encode(errors="backslashreplace"))
-        process.pidfd_send_signal(launcher, process.SIGKILL)
-        raise
+        _end_launch(launcher, errors, f"qemu-userns: the supervisor cannot begin: {describe_bug(err)}\n")
+        return False
     if errors >= 0:
         os.close(errors)
     run(*vm)
+    return True
+
+
+def _end_launch(launcher: int, errors: int, why: str) -> None:
+    """Kill the launcher, or the QEMU that it is by now, and tell the caller, whether or not either is there."""
+    try:
+        process.pidfd_send_signal(launcher, process.SIGKILL)
+    except ProcessLookupError:
+        pass
+    try:
+        os.write(errors, why.encode(errors="backslashreplace"))
+    except OSError:
+        return

@@ -239,18 +239,31 @@ def test_what_was_created_goes_where_qemu_cannot_be_executed(tmp_path: Path, sta
 
 
 @pytest.mark.userns
-def test_a_supervisor_that_cannot_begin_says_so_and_ends_the_launch(capfd: pytest.CaptureFixture[str]) -> None:
-    memory = os.memfd_create("no state")
+@pytest.mark.parametrize("stderr", ["there", "closed", "nobody reads it"])
+def test_a_supervisor_that_cannot_begin_ends_the_launch(tmp_path: Path, capfd: pytest.CaptureFixture[str], stderr: str) -> None:
+    """It says so where it can, and takes back what was created."""
+    folder = tmp_path.resolve()
+    (folder / "file").touch()
 
-    def launcher(supervisor: Supervisor) -> None:
+    def launch() -> None:
+        if stderr == "closed":
+            os.close(2)
+        elif stderr == "nobody reads it":
+            reader, writer = os.pipe()
+            os.dup2(writer, 2)
+            os.close(reader)
+        supervisor = fork_supervisor(OWN, "")
+        supervisor.note(leftover(folder / "file", False))
         close_all(supervisor.open_namespaces())
-        supervisor.hand_over([memory])
+        supervisor.hand_over([os.memfd_create("no state")])
         time.sleep(30)
 
     with pytest.raises(AssertionError, match="the child was killed"):
-        in_launcher(launcher)
-    os.close(memory)
-    assert "qemu-userns: the supervisor cannot begin: " in capfd.readouterr().err
+        in_child(launch)
+    wait_until(lambda: not list(folder.iterdir()))
+    said = capfd.readouterr().err
+    assert said.startswith("qemu-userns: the supervisor cannot begin: " if stderr == "there" else ""), said
+    assert said.count("\n") == (stderr == "there")
 
 
 @pytest.mark.parametrize("daemonizes", [False, True])
