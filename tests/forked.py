@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
+import time
 import traceback
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qemu_userns.linux import process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def in_child(function: Callable[[], Any]) -> Any:
@@ -54,6 +59,32 @@ def in_namespaces(function: Callable[[], Any]) -> Any:
         return function()
 
     return in_child(enter)
+
+
+@contextmanager
+def first_thread_ended(before: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A process whose first thread alone has ended, which the kernel shows as a zombie; it goes on until its stdin is closed.
+
+    Args:
+        before: a statement that it runs first.
+    """
+    code = f"""
+import ctypes, os, sys, threading
+{before}
+def run():
+    print(flush=True)
+    sys.stdin.read()
+    os._exit(0)
+threading.Thread(target=run).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        status = Path(f"/proc/{process.pid}/status")
+        while "State:\tZ" not in status.read_text():
+            time.sleep(0.01)
+        yield process
 
 
 def errno_of(function: Callable[..., Any], *arguments: Any) -> int | None:

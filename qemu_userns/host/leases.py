@@ -5,7 +5,8 @@ lease back when QEMU is gone, however it died. A QEMU that a guest has taken ove
 range is free only if its lock is obtained AND no process of the host has an id in it.
 
 The file is removed under its own lock: by the supervisor at QEMU's end if there is one, else by the next launch that leases. Who
-has opened it just before then locks a file that no longer has a name, sees so, and opens it anew.
+has opened it just before then locks a file that no longer has a name, sees so, and opens it anew. Who sweeps locks the directory:
+a range whose file is only being removed must not look leased, or its VM would move to another one.
 """
 
 import errno
@@ -81,7 +82,11 @@ def lease_range(
         leased = _leased_ids(directory)
         uids: frozenset[int] | None = None
         for first in _candidates(pools, preferred):
-            lease = _take(directory, run_dir, first) if _allowed(first, taken, leased) else None
+            if not _allowed(first, taken, leased):
+                continue
+            fcntl.flock(directory, fcntl.LOCK_SH)  # a sweep has none in its hands now: what is locked is leased
+            lease = _take(directory, run_dir, first)
+            fcntl.flock(directory, fcntl.LOCK_UN)
             if lease is None:
                 continue
             try:
@@ -147,11 +152,13 @@ def sweep_leases(run_dir: str, owner_uid: int = 0) -> None:
 
 
 def _sweep(directory: int, run_dir: str) -> None:
-    """Do so in an open directory; raises OSError."""
+    """Do so in an open directory, while nobody takes a lease; raises OSError."""
+    fcntl.flock(directory, fcntl.LOCK_EX)
     for first in _leased_ids(directory):
         lease = _take(directory, run_dir, first)
         if lease is not None:
             release(lease)
+    fcntl.flock(directory, fcntl.LOCK_UN)
 
 
 def _allowed(first: int, taken: "tuple[IdRange, ...]", leased: "tuple[int, ...]") -> bool:

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -12,8 +13,9 @@ import pytest
 
 from qemu_userns.errors import HostError
 from qemu_userns.host import leases
-from qemu_userns.host.leases import LEASE_COUNT, Lease, find_pools, lease_range, release, sweep_leases
+from qemu_userns.host.leases import LEASE_COUNT, Lease, find_pools, lease_range, preview_range, release, sweep_leases
 from qemu_userns.host.subids import IdRange
+from tests.forked import first_thread_ended
 
 UID = os.geteuid()
 POOL = (IdRange(1_000_000_000, 4 * LEASE_COUNT),)
@@ -184,26 +186,12 @@ def test_all_three_uids_of_a_process_are_seen(uids: "tuple[int, int, int]") -> N
 def test_a_process_whose_first_thread_has_ended_is_seen() -> None:
     """A QEMU that a guest has taken over could hide so, and share its ids with the next VM; what has ended is not seen."""
     uid = 1_900_000_007
-    code = f"""
-import ctypes, os, sys, threading
-os.setresuid({uid}, {uid}, {uid})
-def run():
-    print(flush=True)
-    sys.stdin.read()
-    os._exit(0)
-threading.Thread(target=run).start()
-ctypes.CDLL(None).pthread_exit(None)
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        first_line(process)
-        status = Path(f"/proc/{process.pid}/status")
-        while "State:\tZ" not in status.read_text():
-            time.sleep(0.01)
+    with first_thread_ended(f"os.setresuid({uid}, {uid}, {uid})") as process:
         assert uid in leases._uids_in_use()
         assert process.stdin is not None
         process.stdin.close()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert "State:\tZ" in status.read_text()
+        assert "State:\tZ" in Path(f"/proc/{process.pid}/status").read_text()
         assert uid not in leases._uids_in_use()
 
 
@@ -225,7 +213,7 @@ def test_a_file_removed_between_open_and_lock_is_opened_anew(run_dir: str, monke
     removed: list[str] = []
 
     def remove_then_lock(fd: int, operation: int, flock: object = fcntl.flock) -> None:
-        if not removed:
+        if not removed and stat.S_ISREG(os.fstat(fd).st_mode):
             removed.append(os.readlink(f"/proc/self/fd/{fd}"))
             os.unlink(removed[0])
         assert callable(flock)
@@ -266,6 +254,38 @@ def test_the_next_lease_sweeps_what_nobody_holds(run_dir: str) -> None:
     assert sorted(os.listdir(f"{run_dir}/leases")) == sorted([str(held.first_id), str(other.first_id)])
     release(held)
     release(other)
+
+
+def test_a_vm_gets_its_range_again_while_others_sweep(run_dir: str) -> None:
+    """Sixteen VMs that have ended are started again at once; each start sweeps the files of all."""
+    release(lease(run_dir))
+    pool = (IdRange(1_000_000_000, 256 * LEASE_COUNT),)
+    wanted = {preview_range(pool, (), name): name for name in "abcdefghijklmnop"}
+    assert len(wanted) == 16
+    moved = 0
+    for _ in range(25):
+        for first in wanted:
+            Path(run_dir, "leases", str(first)).touch()
+        go_read, go_write = os.pipe()
+        children = [fork_leasing(run_dir, pool, first, name, (go_read, go_write)) for first, name in wanted.items()]
+        os.close(go_read)
+        os.close(go_write)
+        moved += sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    assert moved == 0
+
+
+def fork_leasing(run_dir: str, pools: "tuple[IdRange, ...]", first: int, name: str, go: "tuple[int, int]") -> int:
+    """Start a child that leases a range once the pipe has ended, and exits with 1 if it is not the one that it shall be."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(go[1])
+            os.read(go[0], 1)
+            status = int(lease(run_dir, name, pools).first_id != first)
+        finally:
+            os._exit(status)
+    return child
 
 
 @pytest.mark.parametrize("directory", ["", "leases"])
