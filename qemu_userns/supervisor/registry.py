@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qemu_userns.supervisor.handed import Held
 
 _FLOCK = "hhqqi"  # struct flock of fcntl(2)
-_START_FIELD = 21  # of /proc/PID/stat, counted from 0: proc(5), starttime
+_STATE_FIELD, _THREADS_FIELD, _START_FIELD = 2, 19, 21  # of /proc/PID/stat, counted from 0: proc(5)
 
 
 class Entry(Record):
@@ -196,13 +196,19 @@ def is_running(pid: int, vm: State) -> bool:
 
 
 def find_start(pid: int) -> int:
-    """Return when a process started, in clock ticks after boot; 0 if there is none."""
+    """Return when a process started, in clock ticks after boot; 0 if there is none, or only what nobody has waited for.
+
+    A process whose first thread alone has ended is called a zombie too, and its other threads run on.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
     except OSError:
         return 0
-    return int(text[text.rindex(b")") + 2 :].split()[_START_FIELD - 2])
+    fields = text[text.rindex(b")") + 2 :].split()
+    if fields[_STATE_FIELD - 2] == b"Z" and int(fields[_THREADS_FIELD - 2]) <= 1:
+        return 0
+    return int(fields[_START_FIELD - 2])
 
 
 def match(pid: int, vm: State, wanted: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +16,7 @@ from qemu_userns.plan.plan import NO_HOST
 from qemu_userns.supervisor import registry
 from qemu_userns.supervisor.registry import Entry
 from qemu_userns.supervisor.state import State
-from tests.forked import in_child
+from tests.forked import first_thread_ended, in_child
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,6 +94,29 @@ def test_what_a_dead_vm_left_is_swept(tmp_path: Path, directory: str) -> None:
     registry.sweep(directory)
     assert sorted(path.name for path in folder.iterdir()) == ["log", "vms"]
     assert os.listdir(directory) == []
+
+
+def test_a_zombie_runs_no_more(tmp_path: Path, directory: str) -> None:
+    """Whoever started QEMU may wait for it late, or never."""
+    folder = tmp_path.resolve()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        started = registry.find_start(process.pid)
+        (folder / "pid").write_text(f"{process.pid}\n")
+        register(folder / "vms", process.pid, started, leftover(folder / "pid"))
+        assert [pid for pid, _ in registry.read_entries(directory)] == [process.pid]
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert list(registry.read_entries(directory)) == []
+        registry.sweep(directory)
+        assert [path.name for path in folder.iterdir()] == ["vms"]
+        assert os.listdir(directory) == []
+
+
+def test_a_process_whose_first_thread_has_ended_runs() -> None:
+    with first_thread_ended() as process:
+        started = registry.find_start(process.pid)
+        assert started != 0
+        assert registry.is_running(process.pid, a_state(process.pid, started))
 
 
 def test_what_may_be_another_vms_stays(tmp_path: Path, directory: str) -> None:
