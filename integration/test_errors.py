@@ -277,7 +277,7 @@ def test_a_program_that_cannot_be_executed_leaves_nothing(shared_tmp: Path, more
 
 @pytest.mark.parametrize("more", [(), ("-daemonize",)])
 def test_without_its_supervisor_qemu_does_not_go_on(shared_tmp: Path, more: tuple[str, ...]) -> None:
-    """As where a file of the package is damaged."""
+    """As where a file of the package is damaged; this QEMU takes its time, for the machine may be busy."""
     package, entries = shared_tmp / "package", shared_tmp / "entries"
     shutil.copytree(CHECKOUT / "qemu_userns", package / "qemu_userns", ignore=shutil.ignore_patterns("__pycache__"))
     server = package / "qemu_userns/supervisor/server.py"
@@ -286,9 +286,11 @@ def test_without_its_supervisor_qemu_does_not_go_on(shared_tmp: Path, more: tupl
     subprocess.run([CHECKOUT / ".venv/bin/python", "-c", script, package, entries, os.path.dirname(REAL)], check=True)
     made = [shared_tmp / name for name in ("pid", "log", "qmp")]
     options = ["-pidfile", str(made[0]), "-D", str(made[1]), "-qmp", f"unix:{made[2]},server=on,wait=off", *more]
+    options += ["-M", "q35", "-m", "512", "-mem-prealloc"]
     status, stdout, stderr = outcome([str(entries / "qemu-system-x86_64")], *IDLE, *options)
     assert (status, stdout) == (-signal.SIGKILL, "")
-    assert re.fullmatch(r"qemu-userns: the supervisor cannot begin: internal error: RuntimeError at server.py:\d+: damaged\n", stderr)
+    why = r"internal error: RuntimeError at server.py:\d+: damaged"
+    assert re.fullmatch(rf"qemu-userns: the supervisor cannot begin: {why}\n", stderr)
     wait_until(lambda: not any(path.exists() for path in made), "no file left")
     wait_until(lambda: not find_users(str(shared_tmp)), "no process left")
 
