@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qemu_userns.host.leftovers import Leftover
+from qemu_userns.plan.grants import Bind, Link
+from qemu_userns.plan.identity import build_owner_map
 from qemu_userns.qmp.actions import Prepare, Prepared, Release
-from qemu_userns.record import to_plain
+from qemu_userns.record import from_plain, to_plain
 from qemu_userns.supervisor import hotplug
-from qemu_userns.supervisor.handed import Handed, Held
+from qemu_userns.supervisor.handed import CLASSES, Handed, Held
 from qemu_userns.supervisor.opener import Opener
 from qemu_userns.supervisor.poller import Poller
 from tests.forked import in_child
+from tests.plans import LEASED
 
 if TYPE_CHECKING:
     from qemu_userns.record import Plain
@@ -35,6 +39,13 @@ def stat_of(path: str) -> os.stat_result | None:
         return os.stat(path)
     except OSError:
         return None
+
+
+def test_what_a_command_got_comes_back_from_the_worker() -> None:
+    """With the id map by which root's file is shown."""
+    shown = Bind("object-add file", "/srv/secret", inode=(1, 2), idmap=build_owner_map(0, 0, LEASED))
+    handed = Handed((shown, Link("why", "/a", "b")), (), (Leftover("/srv/made", (1, 3), True),), (4,))
+    assert from_plain(marshal.loads(marshal.dumps(to_plain(handed))), CLASSES) == handed
 
 
 @pytest.mark.parametrize("adopted", [False, True])
