@@ -39,6 +39,12 @@ def wait_until(condition: Callable[[], T], what: str, timeout_s: float = DEADLIN
         time.sleep(0.005)
 
 
+def unmount(place: Path) -> None:
+    """Unmount a file system; the supervisor of a VM that has just ended may hold something there for another moment."""
+    command = ["umount", str(place)]
+    wait_until(lambda: subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0, f"the end of {place}'s users")
+
+
 class Qmp:
     """A QMP session; the greeting has been read and capabilities are negotiated."""
 

@@ -17,7 +17,7 @@ import pytest
 
 from integration.plugged import Vm, plugged
 from integration.shares import Launch, dropin_words
-from integration.talk import DEADLINE_S, PLAIN, outcome, wait_until
+from integration.talk import DEADLINE_S, PLAIN, outcome, unmount, wait_until
 from integration.vm import running_guest
 from qemu_userns.plan.refusals import NO_NODE
 
@@ -60,7 +60,7 @@ def huge(request: pytest.FixtureRequest, shared_tmp: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        unmount(folder)
         add_pages(-PAGES)
 
 

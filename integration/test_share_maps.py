@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from integration.shares import Launch, SharedVm, dropin_words, fsdev, launches, module_folder, mount_options, shared_vm, tree
+from integration.talk import unmount
 from integration.vm import running_guest
 from tests.conftest import CHECKOUT
 
@@ -50,7 +51,7 @@ def file_systems(folder: Path, names: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         for place in reversed(mounted):
-            subprocess.run(["umount", place], check=True)
+            unmount(place)
 
 
 def mount_words(name: str, folder: Path) -> list[str]:

@@ -27,6 +27,7 @@ from integration.shares import (
     virtfs,
     virtfs_attributes,
 )
+from integration.talk import unmount
 from integration.vm import running_guest
 from tests.conftest import CHECKOUT
 
@@ -437,7 +438,7 @@ def test_ramfs_takes_mapped_file_only(launch: Launch, shared_tmp: Path) -> None:
             done = start(launch, *fsdev("tag", share, model))
             assert (done.returncode, done.stderr) == (0, ""), model
     finally:
-        subprocess.run(["umount", share], check=True)
+        unmount(share)
 
 
 def test_bad_share_paths(launch: Launch, shared_tmp: Path) -> None:
