@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 from integration.talk import (
     DEADLINE_S,
     IDLE,
-    PLAIN,
     fds_of,
     is_alive,
     started,
     status_of,
     supervisor_of,
-    wait_main_loop,
     wait_until,
 )
 from qemu_userns.supervisor.registry import find_run_dir
@@ -173,8 +171,6 @@ def served(words: Sequence[str], folder: Path, *options: str, name: str = "q", *
     """Start QEMU with a monitor at FOLDER/NAME."""
     path = folder / name
     with started([*words, *IDLE, "-qmp", f"unix:{path},server=on,wait=off", *options], **popen) as process:
-        if words == PLAIN:
-            wait_main_loop(process)
         yield Served(process, path)
 
 

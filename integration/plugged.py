@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from integration.shares import Launch, dropin_words
-from integration.talk import DEADLINE_S, PLAIN, connected, fds_of, started, supervisor_of, wait_main_loop, wait_until
+from integration.talk import DEADLINE_S, PLAIN, connected, fds_of, started, supervisor_of, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -273,8 +273,6 @@ def plugged(
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(started(command, cwd=folder, pass_fds=pass_fds))
         clients = stack.enter_context(contextlib.ExitStack())
-        if launch is None:
-            wait_main_loop(process)
         vm = Vm(process, folder, launch is not None, monitors, clients)
         assert "return" in vm.qmp.ask("query-status")
         yield vm

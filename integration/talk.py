@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pwd
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from integration.vm import user_environment
 from qemu_userns.supervisor.registry import find_run_dir
+from tests.conftest import CHECKOUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -99,9 +101,14 @@ def connected(path: Path) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def started(command: Sequence[str], **popen: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a program; kill it at the end, also after an exception, which Popen alone would wait with for ever."""
+    """Start a program; kill it at the end, also after an exception, which Popen alone would wait with for ever.
+
+    A plain QEMU serves the QMP monitors that it does not wait for already.
+    """
     with subprocess.Popen(command, **{"stdin": subprocess.DEVNULL, **popen}) as process:
         try:
+            if command[0] == PLAIN[0] and "-qmp" in command and any(word.endswith(",server=on,wait=off") for word in command):
+                wait_main_loop(process)
             yield process
         finally:
             process.kill()
@@ -155,6 +162,7 @@ def running_raw(words: Sequence[str], *options: str, idle: bool = True) -> Itera
         path = Path(folder) / "monitor"
         monitor = ["-qmp", f"unix:{path},server=on,wait=off"] if words == PLAIN else ["-userns", f"passthrough={path}"]
         with started([*words, *(IDLE if idle else ()), *monitor, *options]) as process:
+            wait_main_loop(process)
             with connected(path) as connection, qmp_over(connection) as qmp:
                 yield Running(process, qmp)
             process.kill()
@@ -186,13 +194,22 @@ def status_of(pid: int) -> dict[str, str]:
 
 
 def wait_main_loop(process: subprocess.Popen[bytes]) -> None:
-    """Wait until a plain QEMU waits for events, or has ended.
+    """Wait until a plain QEMU that has a monitor serves it, or has ended.
 
     QEMU 7.2 looks at a new monitor's socket in two threads for a moment: who connects just then may be greeted twice, or stop
-    its main thread, which then waits in accept(2).
+    its main thread, which then waits in accept(2). The moment is over when both wait for events: the main thread, which may
+    wait so for other things before, and the monitors' own, which there is only then.
     """
-    wchan = Path(f"/proc/{process.pid}/wchan")
-    wait_until(lambda: process.poll() is not None or "poll" in wchan.read_text(), "QEMU's main loop")
+    tasks = Path(f"/proc/{process.pid}/task")
+
+    def is_waiting(task: Path) -> bool:
+        return "poll" in (task / "wchan").read_text()
+
+    def serves() -> bool:
+        others = [task for task in tasks.iterdir() if task.name != str(process.pid)]
+        return any(map(is_waiting, others)) and is_waiting(tasks / str(process.pid)) and any(map(is_waiting, others))
+
+    wait_until(lambda: process.poll() is not None or serves(), "QEMU's main loop")
 
 
 def words_of(pid: int) -> list[str]:
@@ -219,6 +236,20 @@ def map_of(pid: int, kind: str) -> list[tuple[int, int, int]]:
     """Return /proc/PID/uid_map or gid_map."""
     entries = (line.split() for line in Path(f"/proc/{pid}/{kind}_map").read_text().splitlines())
     return [(int(inside), int(outside), int(count)) for inside, outside, count in entries]
+
+
+def copy_program(folder: Path) -> Path:
+    """Copy this program into a folder, to be changed or removed; return where it is."""
+    shutil.copytree(CHECKOUT / "qemu_userns", folder / "copy/qemu_userns", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "copy"
+
+
+def install_copy(copy: Path) -> str:
+    """Make the entries of a copy of this program, in it; return the one for QEMU."""
+    script = "import sys; sys.path.insert(0, sys.argv[1]); from qemu_userns.hooks.install import install; install(*sys.argv[2:])"
+    python = str(CHECKOUT / ".venv/bin/python")
+    subprocess.run([python, "-B", "-c", script, str(copy), str(copy / "entries"), os.path.dirname(REAL)], check=True)
+    return str(copy / "entries/qemu-system-x86_64")
 
 
 def is_alive(pid: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from integration.talk import DEADLINE_S, IDLE, connected, fds_of, qmp_over, started, supervisor_of, wait_until
+from integration.talk import (
+    DEADLINE_S,
+    IDLE,
+    connected,
+    copy_program,
+    fds_of,
+    install_copy,
+    qmp_over,
+    started,
+    supervisor_of,
+    wait_until,
+)
 from qemu_userns.supervisor import registry
 from tests.conftest import CHECKOUT
 
@@ -114,6 +126,30 @@ def test_a_vm_whose_lock_another_process_holds_is_not_registered(tmp_path: Path)
         finally:
             (HOME / f"{process.pid}.lock").unlink()
             os.close(lock)
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_the_supervisor_goes_on_where_the_program_is_removed(tmp_path: Path, adopted: bool) -> None:
+    """As it is for a moment in an update; what it imports later is of its own version."""
+    disk, path, pidfile = image(tmp_path), tmp_path / "qmp", tmp_path / "pid"
+    copy = copy_program(tmp_path)
+    words = [install_copy(copy), *IDLE, "-pidfile", str(pidfile), "-qmp", f"unix:{path},server=on,wait=off"]
+    with started(words) as process:
+        with client_of(path) as qmp:
+            qmp.execute("query-status")
+        if adopted:
+            kill_supervisor(process.pid)
+            script = "import sys; sys.path.insert(0, sys.argv.pop(1)); from qemu_userns.cli.main import main; main()"
+            python = str(CHECKOUT / ".venv/bin/python")
+            subprocess.run([python, "-B", "-c", script, str(copy), "adopt", str(process.pid)], check=True)
+        shutil.rmtree(copy)
+        with client_of(path) as qmp:
+            for name in ("a", "b"):
+                qmp.execute("blockdev-add", driver="file", filename=str(disk), **{"node-name": name})
+            qmp.execute("blockdev-del", **{"node-name": "a"})
+            qmp.execute("quit")
+        process.wait(DEADLINE_S)
+    wait_until(lambda: not path.exists() and not pidfile.exists(), "the end of what was made")
 
 
 @pytest.mark.strace

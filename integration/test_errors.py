@@ -18,10 +18,11 @@ from integration.talk import (
     DEADLINE_S,
     IDLE,
     PLAIN,
-    REAL,
     as_user,
+    copy_program,
     fds_of,
     home_of,
+    install_copy,
     is_alive,
     outcome,
     running,
@@ -275,19 +276,29 @@ def test_a_program_that_cannot_be_executed_leaves_nothing(shared_tmp: Path, more
     )
 
 
+@pytest.mark.parametrize("limit", [4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 310, 363, 364])
+def test_too_few_open_files_are_named(dropin: list[str], shared_tmp: Path, limit: int) -> None:
+    made = [shared_tmp / name for name in ("pid", "qmp")]
+    options = ["-pidfile", str(made[0]), "-qmp", f"unix:{made[1]},server=on,wait=off", "-version"]
+    status, _, stderr = outcome(["prlimit", f"--nofile={limit}:{limit}", *dropin], *IDLE, *options)
+    if status:
+        assert limit < 96
+        ours = f"qemu-userns: open files: ulimit -n is {limit}\nhint: raise it to at least "
+        assert "Too many open files" in stderr or ours in stderr
+    wait_until(lambda: not any(path.exists() for path in made), "no file left")
+
+
 @pytest.mark.parametrize("more", [(), ("-daemonize",)])
 def test_without_its_supervisor_qemu_does_not_go_on(shared_tmp: Path, more: tuple[str, ...]) -> None:
     """As where a file of the package is damaged; this QEMU takes its time, for the machine may be busy."""
-    package, entries = shared_tmp / "package", shared_tmp / "entries"
-    shutil.copytree(CHECKOUT / "qemu_userns", package / "qemu_userns", ignore=shutil.ignore_patterns("__pycache__"))
-    server = package / "qemu_userns/supervisor/server.py"
+    copy = copy_program(shared_tmp)
+    server = copy / "qemu_userns/supervisor/server.py"
     server.write_text(server.read_text() + "raise RuntimeError('damaged')\n")
-    script = "import sys; sys.path.insert(0, sys.argv[1]); from qemu_userns.hooks.install import install; install(*sys.argv[2:])"
-    subprocess.run([CHECKOUT / ".venv/bin/python", "-c", script, package, entries, os.path.dirname(REAL)], check=True)
+    entry = install_copy(copy)
     made = [shared_tmp / name for name in ("pid", "log", "qmp")]
     options = ["-pidfile", str(made[0]), "-D", str(made[1]), "-qmp", f"unix:{made[2]},server=on,wait=off", *more]
     options += ["-M", "q35", "-m", "512", "-mem-prealloc"]
-    status, stdout, stderr = outcome([str(entries / "qemu-system-x86_64")], *IDLE, *options)
+    status, stdout, stderr = outcome([entry], *IDLE, *options)
     assert (status, stdout) == (-signal.SIGKILL, "")
     why = r"internal error: RuntimeError at server.py:\d+: damaged"
     assert re.fullmatch(rf"qemu-userns: the supervisor cannot begin: {why}\n", stderr)

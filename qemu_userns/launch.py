@@ -93,7 +93,7 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     limits.forbid_all()
     confine(plan.confinement, plan.find_reopened_fds())
     if plan.needs_supervisor:
-        opened.take(os.dup(supervisor.channel_fd), plan.find_number("supervisor"))
+        opened.take_over(os.dup(supervisor.channel_fd), plan.find_number("supervisor"))
     pass_fds(opened.passed)
     supervisor.commit()
     try:

@@ -153,10 +153,11 @@ def make_facts(
     landlock_abi: int = 6,
     lock_limit: tuple[int, int] = (-1, -1),
     refused_taps: tuple[tuple[str, str], ...] = (),
+    fd_limit: int = 1024,
 ) -> HostFacts:
     """Return a made-up host that has nothing that every view would show."""
     account = Account("root", 0, 0, (0,)) if root else Account("user", UID, UID, (UID,))
-    caller = Caller(account, root, CWD, 0o022, 1024, frozenset((0, 1, 2, *fds)))
+    caller = Caller(account, root, CWD, 0o022, fd_limit, frozenset((0, 1, 2, *fds)))
     base = tuple(PathFact(entry.path, entry.path, ABSENT) for entry in BASE)
     paths = MadeUpPaths(root)
     return HostFacts(
@@ -185,12 +186,13 @@ def plan_of(
     lock_limit: tuple[int, int] = (-1, -1),
     version: tuple[int, ...] = (7, 2, 22),
     refused_taps: tuple[tuple[str, str], ...] = (),
+    fd_limit: int = 1024,
 ) -> Plan:
     """Plan a command line for an unprivileged caller, or for root with leased ids; `paths` are those not as their names say."""
     commandline = read(*words, configs=configs)
     needs = find_needs(commandline)
     program = Program("/usr/bin/file-qemu", version, seccomp, ())
-    facts = make_facts(root, fds, images, environ, landlock_abi, lock_limit, refused_taps)
+    facts = make_facts(root, fds, images, environ, landlock_abi, lock_limit, refused_taps, fd_limit)
     facts = facts.replace(paths=MadeUpPaths(root, paths), stand_ins=MadeUpStandIns())
     return build_plan("qemu", commandline, needs, facts, LEASED if root else USER, program, settings or Settings(), leased=root)
 

@@ -36,6 +36,8 @@ _GROUPS = (
     ("qemu_userns.host.network",),
     ("qemu_userns.host.images",),
     ("qemu_userns.host.sockets",),
+    ("qemu_userns.host.tcp",),
+    ("qemu_userns.host.programs",),
     ("qemu_userns.plan.taps", "qemu_userns.host.taps"),
     ("qemu_userns.host.memory", "qemu_userns.plan.memory"),
     ("qemu_userns.host.vfio", "qemu_userns.plan.vfio"),
@@ -73,7 +75,8 @@ def build_bundle() -> bytes:
         members = [member for name in names for member in _list_needed(name, done)]
         files = [(member, _find_file(member)) for member in members]
         stats = tuple((file, status.st_mtime_ns, status.st_size) for _, file in files for status in [os.stat(file)])
-        block = marshal.dumps((stats, tuple((member, file, _is_package(file), _compile(file)) for member, file in files)))
+        modules = marshal.dumps(tuple((member, file, _is_package(file), _compile(file)) for member, file in files))
+        block = marshal.dumps((stats, modules))
         mark = hashlib.sha256(block).digest()[:_MARK_BYTES]
         groups.append((tuple(members), len(blocks), len(mark + block), mark))
         blocks += mark + block

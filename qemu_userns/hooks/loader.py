@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     Group = tuple[tuple[str, ...], int, int, bytes]
     BUNDLE, BASE = "", 0
     # Of each group: the names of its modules; where it begins, from BASE, and its size, in bytes; and what it begins with. There
-    # follow, marshalled, the modules' files with mtime in ns and size in bytes; and of each its name, its file, whether
-    # it is a package, and its code.
+    # follow, marshalled, the modules' files with mtime in ns and size in bytes; and, marshalled by itself, of each its name, its
+    # file, whether it is a package, and its code.
     GROUPS: "tuple[Group, ...]" = ()
 
 _ModuleType = type(sys)
 _group_of = {name: group for group in GROUPS for name in group[0]}
+_held: "dict[int, bytes]" = {}  # modules of groups, by where they begin
 
 
 class BundleFinder:
@@ -37,13 +38,10 @@ class BundleFinder:
             return None
         for member in group[0]:
             del _group_of[member]
-        data = _read(*group[1:])
         try:
-            files, modules = loads(data) if data is not None else ((), ())
+            modules = loads(_held.pop(group[1], b"") or _read_current(*group[1:]))
         except (EOFError, ValueError, TypeError):
             return None  # a crash of the host has left it damaged
-        if not is_current(files):
-            return None
         spec = None
         for member, file, is_package, code in modules:
             found = _build_spec(member, file, is_package)
@@ -53,6 +51,15 @@ class BundleFinder:
         return spec
 
     @staticmethod
+    def hold() -> None:
+        """Read what has not been needed so far, for a process that goes on while this program is updated, moved or removed."""
+        for group in set(_group_of.values()):
+            try:
+                _held[group[1]] = _read_current(*group[1:])
+            except (EOFError, ValueError, TypeError):
+                continue
+
+    @staticmethod
     def create_module(spec: ModuleSpec) -> "ModuleType":
         """Return the module, which has run."""
         return sys.modules[spec.name]
@@ -60,6 +67,17 @@ class BundleFinder:
     @staticmethod
     def exec_module(module: "ModuleType") -> None:
         """Do nothing: it has run."""
+
+
+def _read_current(start: int, size: int, mark: bytes) -> bytes:
+    """Return the modules of a group, still marshalled; none if one of them has changed, or the bundle.
+
+    Raises:
+        EOFError, ValueError, TypeError: it is damaged.
+    """
+    data = _read(start, size, mark)
+    files, modules = loads(data) if data is not None else ((), b"")
+    return modules if is_current(files) else b""
 
 
 def _read(start: int, size: int, mark: bytes) -> "memoryview | None":

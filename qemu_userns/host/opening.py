@@ -84,7 +84,18 @@ class Opened:
         self._tell(script, fd)
 
     def take(self, fd: int, number: int) -> None:
-        """Pass an fd to QEMU under the number that the plan gave it; take ownership."""
+        """Pass an fd to QEMU under the number that the plan gave it; take ownership.
+
+        Raises:
+            OSError: the number is another fd's of ours: they are more than the plan counted with.
+        """
+        if fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, number) != number:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        os.close(fd)
+        self.passed.append(number)
+
+    def take_over(self, fd: int, number: int) -> None:
+        """Do so where the number is still that of an fd which has done its service."""
         os.dup2(fd, number, inheritable=False)
         os.close(fd)
         self.passed.append(number)
@@ -182,7 +193,7 @@ def _open(grant: Grant, identity: "Identity", lease_fd: "int | None", opened: Op
         case Reserved(what="ptmx"):
             opened.take(os.open("/dev/ptmx", os.O_PATH | os.O_CLOEXEC), grant.number)
         case Reserved(what="copy"):
-            opened.take(_copy_fd(grant.number), grant.number)
+            opened.take_over(_copy_fd(grant.number), grant.number)
         case Reserved(content=str(text)):
             # QEMU opens it anew by its name, at the start; whoever reads the fd itself finds it at its end, as after a pipe.
             memory = os.memfd_create("qemu-userns-config", os.MFD_CLOEXEC)

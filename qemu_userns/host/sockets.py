@@ -151,7 +151,7 @@ def _open_monitor(grant: Monitor, privileged: bool, opened: "Opened") -> None:
     # connects just then, one thread gets that, and the main thread would wait for another connection for ever.
     private.setblocking(False)
     opened.served.append(way_in)
-    opened.take(private.detach(), grant.number)
+    (opened.take_over if grant.kind == FD else opened.take)(private.detach(), grant.number)
     opened.take(os.dup(way_in), grant.way_in)
 
 

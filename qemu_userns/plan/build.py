@@ -103,6 +103,7 @@ def build_plan(
     _consume_own(draft, commandline)
     sandbox = _add_sandbox(draft, commandline, program, settings)
     _reserve_fds(draft, leased)
+    draft.check_fd_limit()
     confinement = _choose_confinement(draft, commandline, settings, sandbox)
     words, rewrites = _rewrite(draft, commandline)
     return Plan(

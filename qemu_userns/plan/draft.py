@@ -3,7 +3,7 @@
 from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 from qemu_userns.cmdline.source import Edit, append, remove, replace
 from qemu_userns.plan.facts import ABSENT, DIRECTORY, MISSING, directory_of
-from qemu_userns.plan.grants import READ, SEARCH, WRITE, Bind, Grant, KeepFd, Link, Private, Refuse
+from qemu_userns.plan.grants import READ, SEARCH, WRITE, Bind, Create, CreateDir, Grant, KeepFd, Link, Private, Refuse
 from qemu_userns.plan.identity import build_owner_map
 from qemu_userns.plan.layout import is_below
 from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST, WHOLE_HOST
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 # With these an NBD client connects again.
 _ANEW = ("reconnect-delay", "open-timeout")
 _MONITORS = ("monitor", "qmp", "qmp-pretty")
-FDS_OF_OUR_OWN = 64
 LOWEST_OWN_FD = 300  # fds that the plan adds are numbered from here, out of the way of those that callers count from 3
+_LOW_FD_LIMIT = LOWEST_OWN_FD + 64  # below it they are numbered from as low as can be
+_LAUNCHERS_FDS = 32  # that it opens besides: the lowest numbers that are free
 
 
 class Draft:
@@ -66,6 +67,9 @@ class Draft:
         self._parts: "dict[Member, list[tuple[int, int, str, str]]]" = {}
         self._taken = set(facts.caller.open_fds | named_fds)
         self._fdset = 0
+        self._busy_fds = len(facts.caller.open_fds) + _LAUNCHERS_FDS
+        self._lowest_fd = max(self._busy_fds, LOWEST_OWN_FD if facts.caller.fd_limit >= _LOW_FD_LIMIT else 0)
+        self._own_fds: "set[int]" = set()
 
     def add(self, *grants: Grant) -> None:
         """Add grants."""
@@ -116,11 +120,19 @@ class Draft:
 
     def next_fd(self) -> int:
         """Return a number for an fd of our own."""
-        number = min(LOWEST_OWN_FD, self.facts.caller.fd_limit - FDS_OF_OUR_OWN)
-        while number in self._taken:
+        number = self._lowest_fd
+        while number in self._taken or number in self._own_fds:
             number += 1
-        self._taken.add(number)
+        self._own_fds.add(number)
         return number
+
+    def check_fd_limit(self) -> None:
+        """Refuse where the fds are more than the caller may open; root holds one for each place of the view meanwhile."""
+        limit = self.facts.caller.fd_limit
+        places = sum(isinstance(grant, Bind | Create | CreateDir) for grant in self.grants) if self.identity.switch else 0
+        needed = max((*self._own_fds, self._busy_fds + len(self._own_fds) + places)) + 1
+        if limit < needed:
+            self.refuse("open files", f"ulimit -n is {limit}", f"raise it to at least {needed}")
 
     def next_fdset(self) -> int:
         """Return a number for an fdset of our own, high so that it does not meet the caller's -add-fd."""

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import time
 
 from qemu_userns.host.leftovers import hold
@@ -17,6 +18,30 @@ if TYPE_CHECKING:
 
 _DRAIN_S = 0.08
 _MESSAGE_BYTES = 4096
+# What the supervisor and its workers import when they need it.
+LATER = (
+    "qemu_userns.cmdline.json",
+    "qemu_userns.cmdline.readconfig",
+    "qemu_userns.host.images",
+    "qemu_userns.host.leases",
+    "qemu_userns.host.memory",
+    "qemu_userns.host.newidmap",
+    "qemu_userns.host.programs",
+    "qemu_userns.host.realpath",
+    "qemu_userns.host.scripts",
+    "qemu_userns.host.sockets",
+    "qemu_userns.host.taps",
+    "qemu_userns.host.tcp",
+    "qemu_userns.host.vfio",
+    "qemu_userns.plan.displays",
+    "qemu_userns.plan.idmaps",
+    "qemu_userns.plan.memory",
+    "qemu_userns.plan.refusals",
+    "qemu_userns.plan.taps",
+    "qemu_userns.plan.vfio",
+    "qemu_userns.supervisor.cleanup",
+    "qemu_userns.supervisor.hotplug",
+)
 
 
 class Watch:
@@ -86,6 +111,16 @@ class Watch:
             self._note(said)
 
 
+def hold_code() -> None:
+    """Have the code of later steps at hand: by then this program may be updated, moved or removed, and versions do not mix."""
+    for finder in sys.meta_path:
+        if hasattr(finder, "hold"):
+            finder.hold()  # the bundle's (hooks/loader.py)
+            return
+    for name in LATER:
+        __import__(name)
+
+
 def run(state: "State", watch: Watch, poller: Poller, server: "Server | None") -> None:
     """Serve until QEMU ends, then remove what must not stay."""
     leftovers = state.leftovers
@@ -140,5 +175,6 @@ def adopt(directory: str, pid: int, ready: int) -> None:
         os.write(ready, text.encode(errors="backslashreplace"))
         return
     show(state.title)
+    hold_code()
     os.close(ready)
     run(state, Watch(poller, None, pidfd, daemonizes=False), poller, server)

@@ -281,7 +281,7 @@ def _stay(title: str, channel: int, launcher: int, fds: "list[int]", errors: int
     os.environ.clear()
     os.environ["PATH"] = STANDARD_PATH  # for what it runs (host/programs.py, host/scripts.py)
     try:
-        from qemu_userns.supervisor.life import begin, run
+        from qemu_userns.supervisor.life import begin, hold_code, run
 
         vm = begin(channel, launcher, *fds)
     except Exception as err:  # whatever it is, nobody else would tell
@@ -289,6 +289,7 @@ def _stay(title: str, channel: int, launcher: int, fds: "list[int]", errors: int
         return False
     if errors >= 0:
         os.close(errors)
+    hold_code()
     run(*vm)
     return True
 

@@ -1,5 +1,8 @@
 """The bundle of modules beside the drop-in entries: used while it is current, and only then."""
 
+from __future__ import annotations
+
+import ast
 import importlib.util
 import marshal
 import os
@@ -7,11 +10,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import qemu_userns
 from qemu_userns.hooks.bundle import LOADER, build_bundle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ASK = """
 import sys
@@ -143,3 +150,65 @@ def test_a_group_that_is_not_what_the_head_says_is_left_alone(checkout: Path, da
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["BundleFinder", "a"]
+
+
+def test_what_a_supervisor_needs_later_is_held(checkout: Path) -> None:
+    """Without the bundle it is imported at once."""
+    make(checkout)
+    later = find_later("qemu_userns.supervisor.life") - {"qemu_userns.supervisor.adoption"}
+    assert {"qemu_userns.supervisor.hotplug", "qemu_userns.host.taps", "qemu_userns.host.scripts"} <= later
+    with_bundle = ASK.format(path=str(checkout), bundle=str(checkout / "bundle")).partition("import qemu_userns")[0]
+    for start in (with_bundle, f"import sys\nsys.path += [{str(checkout)!r}]\n"):
+        script = f"""{start}
+import importlib, os, shutil
+from qemu_userns.supervisor import server
+from qemu_userns.supervisor.life import hold_code
+hold_code()
+shutil.rmtree({str(checkout / "qemu_userns")!r})
+for name in {sorted(later)!r}:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(name, error)
+"""
+        done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout == ""
+        shutil.copytree(Path(qemu_userns.__file__).parent, checkout / "qemu_userns", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def find_later(name: str) -> set[str]:
+    """Return the modules of this program that a module imports, also when one of its functions runs, and what these import."""
+    found: set[str] = set()
+    left = [name]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += find_imports(name)
+    return found
+
+
+def find_imports(name: str) -> Iterator[str]:
+    """Yield what a module imports, but for its annotations."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    left: list[ast.AST] = [ast.parse(Path(spec.origin).read_text())]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        left += ast.iter_child_nodes(node)
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        yield from (found for found in names if found.startswith("qemu_userns.") and is_module(found))
+
+
+def is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

@@ -85,7 +85,9 @@ def test_an_old_socket_gives_way(opened: Opened, tmp_path: Path) -> None:
 def test_qemus_own_socket_of_a_monitor_never_blocks(opened: Opened, tmp_path: Path) -> None:
     """Two threads of QEMU 7.2 may see one connection: who comes too late must not wait for the next."""
     path = str(tmp_path / "s")
-    private, way_in = (fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 500) for _ in range(2))
+    private, way_in = numbers = [fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 500) for _ in range(2)]
+    for number in numbers:
+        os.close(number)
     open_socket(Monitor("a test", LISTEN, "m", False, private, way_in, path, path), False, opened)
     assert not os.get_blocking(private)
     os.close(private)

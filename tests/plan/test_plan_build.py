@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from qemu_userns.plan.build import Settings
 from qemu_userns.plan.draft import LOWEST_OWN_FD
 from qemu_userns.plan.facts import ImageFact
-from qemu_userns.plan.grants import Bind, Copy, Private, Refuse, Reserved
+from qemu_userns.plan.grants import Bind, Copy, Monitor, OpenFd, Private, Refuse, Reserved
 from qemu_userns.plan.plan import READ_ONLY_HOST, WHOLE_HOST
 from tests.plans import LEASED, asked_for, plan_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 BACKING = {"/x/file": (ImageFact("/x/file-base", "qcow2", "backing", "/x/file", True),)}
 DATA = {"/x/file": (ImageFact("/x/file-data", "raw", "data-file", "/x/file", True),)}
@@ -238,6 +243,26 @@ def test_numbers_of_our_own_avoid_the_callers_and_those_that_are_named() -> None
     assert numbers
     assert len(set(numbers)) == len(numbers)
     assert not set(numbers) & {*taken, LOWEST_OWN_FD + 2}
+
+
+@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize("fds", [(), range(3, 40), range(3, 500)])
+def test_where_few_files_may_be_open_the_numbers_are_low_or_the_limit_is_named(root: bool, fds: Sequence[int]) -> None:
+    words = ("-pidfile", "/x/new", "-qmp", "unix:/x/newer,server=on", "-drive", "file=/x/block")
+    refused = 0
+    for limit in (*range(3, 100), 256, 363, 364, 365, 400, 1024):
+        plan = plan_of(*words, root=root, fds=fds, fd_limit=limit)
+        if refusals := plan.find_refusals():
+            refused += 1
+            assert [(found.why, found.reason) for found in refusals] == [("open files", f"ulimit -n is {limit}")]
+            enough = int((refusals[0].hint or "").removeprefix("raise it to at least "))
+            assert enough > limit
+            assert not plan_of(*words, root=root, fds=fds, fd_limit=enough).find_refusals()
+        else:
+            numbers = [grant.number for grant in plan.grants if isinstance(grant, Reserved | OpenFd | Monitor)]
+            assert len(set(numbers)) == len(numbers) >= 3
+            assert all(len(fds) + 20 < number < limit for number in numbers)
+    assert refused
 
 
 def test_standard_fds_are_not_ours_to_keep() -> None:
