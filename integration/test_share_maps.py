@@ -5,7 +5,6 @@ LXD's contract, points 11 to 15: what guest root chowns, creates or makes set-ui
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import subprocess
@@ -14,19 +13,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from integration.file_systems import file_systems
 from integration.shares import Launch, SharedVm, dropin_words, fsdev, launches, module_folder, mount_options, shared_vm, tree
-from integration.talk import unmount
 from integration.vm import running_guest
 from tests.conftest import CHECKOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 pytestmark = [pytest.mark.qemu, pytest.mark.dropin, pytest.mark.newuidmap, pytest.mark.slow]
 
 MAPPABLE = ("tmpfs", "ext4", "xfs", "btrfs")
 NOT_MAPPABLE = ("ramfs", "overlay")
-SIZE_MIB = {"ext4": 16, "xfs": 300, "btrfs": 120}  # the smallest that mkfs makes
 MAP = ("both 65534 0", "both 1000-1999 1000-1999", "uid 5000 5", "gid 6000 5")
 """What LXD makes of raw.idmap, with host ids that are not the guest's."""
 OVERFLOW = 65534
@@ -36,36 +34,6 @@ EXPLAIN = [str(CHECKOUT / ".venv/bin/qemu-userns"), "explain", "qemu-system-x86_
 def maps(tag: str, *lines: str) -> list[str]:
     """Return the option that gives a share its map."""
     return ["-userns", ",".join(f"share.{tag}.idmap={line}" for line in lines)]
-
-
-@contextlib.contextmanager
-def file_systems(folder: Path, names: Sequence[str]) -> Iterator[None]:
-    """Mount new file systems at folders of their names."""
-    mounted: list[Path] = []
-    try:
-        for name in names:
-            place = folder / name
-            place.mkdir()
-            subprocess.run(["mount", *mount_words(name, folder), place], check=True, capture_output=True)
-            mounted.append(place)
-        yield
-    finally:
-        for place in reversed(mounted):
-            unmount(place)
-
-
-def mount_words(name: str, folder: Path) -> list[str]:
-    if name in SIZE_MIB:
-        image = folder / f"{name}.img"
-        with image.open("wb") as file:
-            file.truncate(SIZE_MIB[name] << 20)
-        subprocess.run([f"mkfs.{name}", "-q", image], check=True, capture_output=True)
-        return ["-t", name, "-o", "loop", str(image)]
-    if name == "overlay":
-        for part in ("lower", "upper", "work"):
-            (folder / part).mkdir()
-        return ["-t", name, "-o", f"lowerdir={folder}/lower,upperdir={folder}/upper,workdir={folder}/work", name]
-    return ["-t", name, name]
 
 
 def fill(share: Path, root: int = 65534) -> None:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from integration.file_systems import file_systems
 from integration.raw9p import TGETATTR, NineError, RawShare, raw_share
 from integration.share_trees import GROUP, OWNER, make_tree, share, snapshot, to_mapped, to_passthrough, views
 from qemu_userns.cli.share import share as command
@@ -66,6 +67,22 @@ def test_there_and_back_everything_is_as_it_was(shared_tmp: Path, model: str) ->
     check(*to_passthrough(root, model))
     assert snapshot(root) == before
     assert [path.name for path in shared_tmp.iterdir()] == ["share"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("model", MAPPED)
+@pytest.mark.parametrize("name", ["ext4", "xfs", "btrfs", "tmpfs", "overlay"])
+def test_on_every_file_system(shared_tmp: Path, name: str, model: str) -> None:
+    with file_systems(shared_tmp, [name]):
+        root = shared_tmp / name / "share"
+        make_tree(root)
+        before, seen = snapshot(root), views(root)
+        check(*to_mapped(root, model))
+        assert {path: entry[model] for path, entry in views(root).items()} == {
+            path: entry["passthrough"] for path, entry in seen.items()
+        }
+        check(*to_passthrough(root, model))
+        assert snapshot(root) == before
 
 
 def test_from_one_mapped_model_to_the_other(shared_tmp: Path) -> None:
@@ -411,6 +428,30 @@ def test_the_guest_sees_what_inspect_says(shared_tmp: Path, model: str) -> None:
             session.walk(71, ".virtfs_metadata") if model == "mapped-file" else session.walk(71, "no such")
         assert f"(pid {session.pid}) serves it" in refused(*to_passthrough(root, model))
     check(*to_passthrough(root, model))
+
+
+@pytest.mark.qemu
+def test_access_control_lists_are_where_qemu_looks_for_them(shared_tmp: Path) -> None:
+    root = shared_tmp / "share"
+    (root / "d").mkdir(parents=True)
+    (root / "file").touch()
+    (root / "file").chmod(0o775)  # as the list that it gets says, which a guest's kernel sees to
+    (root / "d").chmod(0o755)
+    subprocess.run(["setfacl", "-m", f"u:{OWNER}:rwx", "-m", f"d:u:{OWNER}:rx", root / "d"], check=True)
+    lists = {name: os.getxattr(root / "d", name) for name in os.listxattr(root / "d") if "acl" in name}
+    os.setxattr(root / "d", "user.mine", b"kept")
+    check("convert", root, "--from", "passthrough", "--to", "mapped-xattr", "--owner", f"{os.geteuid()}:{os.getegid()}")
+    with raw_share(["qemu-system-x86_64"], root, "mapped-xattr") as session:
+        session.walk(60, "d")
+        for number, (name, value) in enumerate((*lists.items(), ("user.mine", b"kept")), 61):
+            session.get_xattr(60, number, name)
+            assert value in session.read(number)
+        with pytest.raises(NineError):
+            session.get_xattr(60, 70, "user.virtfs.mode")
+        session.set_xattr("system.posix_acl_access", lists["system.posix_acl_access"], "file")
+    check(*to_passthrough(root, "mapped-xattr"))
+    assert {name: os.getxattr(root / "d", name) for name in lists} == lists
+    assert os.getxattr(root / "file", "system.posix_acl_access") == lists["system.posix_acl_access"]
 
 
 def attributes(session: RawShare, path: str) -> tuple[int, int, int, int]:
