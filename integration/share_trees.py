@@ -43,6 +43,13 @@ def views(root: Path) -> dict[str, dict[str, Any]]:
     return {entry["path"]: entry for entry in json.loads(told.getvalue())}
 
 
+def own_views(root: Path) -> dict[str, dict[str, Any]]:
+    """Return the same of a share whose owners are any of the caller's ids, for which the program enters a user namespace."""
+    done = share("inspect", "--json", root)
+    assert (done.returncode, done.stderr) == (0, "")
+    return {entry["path"]: entry for entry in json.loads(done.stdout)}
+
+
 def make_tree(root: Path) -> None:
     """Make one of each; root's has devices and other owners."""
     root.mkdir()

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from integration.file_systems import file_systems
 from integration.raw9p import TGETATTR, NineError, RawShare, raw_share
-from integration.share_trees import GROUP, OWNER, make_tree, share, snapshot, to_mapped, to_passthrough, views
+from integration.share_trees import GROUP, OWNER, make_tree, own_views, share, snapshot, to_mapped, to_passthrough, views
 from qemu_userns.cli.share import share as command
 from qemu_userns.errors import ResourceError
+from qemu_userns.host.own_ids import enter_own_ids, find_own_ids
 from qemu_userns.linux.files import exchange
 from qemu_userns.shares.convert import convert, scan
 from qemu_userns.shares.idmap import Translation
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.xattr]
 
 MAPPED = ("mapped-xattr", "mapped-file")
+MODE, UID_AND_GID = 1, 6
 CHANGING = (
     *("setxattr", "removexattr", "fchownat", "chmod", "fchmod", "fchmodat", "renameat2", "rename", "renameat", "unlink"),
     *("unlinkat", "mkdir", "mkdirat", "rmdir", "symlinkat", "mknodat", "linkat", "write", "fsync", "utimensat", "ftruncate"),
@@ -452,6 +454,57 @@ def test_access_control_lists_are_where_qemu_looks_for_them(shared_tmp: Path) ->
     check(*to_passthrough(root, "mapped-xattr"))
     assert {name: os.getxattr(root / "d", name) for name in lists} == lists
     assert os.getxattr(root / "file", "system.posix_acl_access") == lists["system.posix_acl_access"]
+
+
+@pytest.mark.ordinary
+@pytest.mark.dropin
+@pytest.mark.newuidmap
+@pytest.mark.parametrize("model", MAPPED)
+def test_what_a_guest_made_with_the_callers_subordinate_ids(shared_tmp: Path, dropin: list[str], model: str) -> None:
+    """In a private directory, too, which the caller cannot even look into."""
+    root = shared_tmp / "share"
+    root.mkdir()
+    (root / "mine").write_text("the caller's")
+    ranges = find_own_ids()
+    assert ranges is not None
+    first = ranges[0][1].start
+    with raw_share(dropin, root, "passthrough") as session:
+        session.mkdir("private")
+        session.walk(60, "private")
+        session.create(60, "inner")
+        session.symlink("link", "nowhere")
+        for fid, names in enumerate((["private", "inner"], ["private"]), 61):
+            session.walk(fid, *names)
+            session.set_attributes(fid, UID_AND_GID, uid=1000, gid=1000)
+            session.set_attributes(fid, MODE, mode=0o700)
+    before = own_views(root)
+    assert (before["private/inner"]["host"]["uid"], before["private/inner"]["host"]["mode"] & 0o7777) == (first + 999, 0o700)
+    ids = ["--map", ",".join(f"{kind} {own}-{own} 0,{kind} {first}-{first + 9999} 1-10000" for kind, own in owners_of(root))]
+    check(*to_mapped(root, model), *ids)
+    assert {(path.lstat().st_uid, path.lstat().st_mode & 0o077) for path in root.rglob("*")} == {(OWNER, 0)}
+    with raw_share(["qemu-system-x86_64"], root, model) as session:
+        assert attributes(session, "private/inner")[:3] == (stat.S_IFREG | 0o700, 1000, 1000)
+        assert attributes(session, "link")[:3] == (stat.S_IFLNK | 0o777, 0, 0)
+    check(*to_passthrough(root, model)[:-1], *ids)
+    assert own_views(root) == before
+    assert "would belong to 0:0; only root can give it away" in refused(*to_mapped(root, model)[:-1], "0:0")
+    empty(root)
+
+
+def owners_of(root: Path) -> list[tuple[str, int]]:
+    return [("uid", root.stat().st_uid), ("gid", root.stat().st_gid)]
+
+
+def empty(root: Path) -> None:
+    """Remove what is in a share, of whichever of the caller's ids it is."""
+    ranges = find_own_ids()
+    assert ranges is not None
+    child = os.fork()
+    if child == 0:
+        enter_own_ids(ranges)
+        remove_tree(root)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def attributes(session: RawShare, path: str) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ import stat
 import sys
 
 from qemu_userns.errors import ResourceError, UsageError, printable
+from qemu_userns.host.own_ids import enter_own_ids, find_own_ids
 from qemu_userns.host.subids import parse_idmap
 from qemu_userns.shares.convert import convert, scan
 from qemu_userns.shares.idmap import Translation
@@ -82,7 +83,10 @@ def _parse(words: "list[str]") -> "tuple[dict[str, list[str]], list[str]]":
 def _inspect(root: int, options: "dict[str, list[str]]") -> int:
     """Print each entry; return 1 if some could not be looked at."""
     faults: list[str] = []
-    found = inspect(root, _parse_map(options), lambda path, why: faults.append(f"{path}: {why}"))
+    ids = _parse_map(options)
+    if os.geteuid() != 0 and not _is_readable(root, ids) and (own := find_own_ids()) is not None:
+        enter_own_ids(own)
+    found = inspect(root, ids, lambda path, why: faults.append(f"{path}: {why}"))
     if "--json" in options:
         print(json.dumps([_describe(entry) for entry in found], indent=2))
     else:
@@ -92,6 +96,12 @@ def _inspect(root: int, options: "dict[str, list[str]]") -> int:
     for fault in faults:
         print(f"qemu-userns: {printable(fault)}", file=sys.stderr)
     return 1 if faults else 0
+
+
+def _is_readable(root: int, ids: Translation) -> bool:
+    """Say whether everything can be looked at."""
+    faults: list[str] = []
+    return all(not faults for _ in inspect(root, ids, lambda path, _: faults.append(path))) and not faults
 
 
 def _describe(entry: "Found") -> "dict[str, object]":
@@ -120,7 +130,11 @@ def _convert(root: int, path: str, options: "dict[str, list[str]]") -> int:
         _check_xattrs(root, path)
     if not check_not_served(root, path):
         print("qemu-userns: another user's QEMU may serve it; only root can tell", file=sys.stderr)
-    count, converted, problems = scan(root, job, journal, _show if dry else None)
+    count, converted, problems = scan(root, job, journal)
+    if converted < len(problems) and job.caller != 0 and (own := find_own_ids()) is not None:
+        enter_own_ids(own)
+        job = job.replace(own=own)
+        count, converted, problems = scan(root, job, journal)
     if converted == len(problems) == count:
         print(f"{count} entries are {job.target} already")
         return 0
@@ -129,6 +143,7 @@ def _convert(root: int, path: str, options: "dict[str, list[str]]") -> int:
     if problems:
         raise ResourceError(path, f"{len(problems)} of {count} entries cannot be converted", "this run has changed nothing")
     if dry:
+        scan(root, job, journal, _show)
         print(f"{count} entries can be converted from {job.source} to {job.target}")
         return 0
     journal.start()

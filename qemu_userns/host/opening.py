@@ -192,13 +192,13 @@ def _open(grant: Grant, identity: "Identity", lease_fd: "int | None", opened: Op
             opened.take(os.dup(lease_fd), grant.number)
         case Reserved(what="ptmx"):
             opened.take(os.open("/dev/ptmx", os.O_PATH | os.O_CLOEXEC), grant.number)
-        case Reserved(what="copy"):
+        case Reserved(what="copy", content=None):
             opened.take_over(_copy_fd(grant.number), grant.number)
         case Reserved(content=str(text)):
             # QEMU opens it anew by its name, at the start; whoever reads the fd itself finds it at its end, as after a pipe.
             memory = os.memfd_create("qemu-userns-config", os.MFD_CLOEXEC)
             os.write(memory, os.fsencode(text))
-            opened.take(memory, grant.number)
+            (opened.take_over if grant.what == "copy" else opened.take)(memory, grant.number)
         case Create():
             _create(grant, identity, opened)
         case CreateDir():

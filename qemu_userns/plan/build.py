@@ -325,7 +325,7 @@ def _add_copies(draft: Draft, commandline: "CommandLine", copies: "dict[int, str
         if fact is None or fact.error is not None:
             continue
         if fact.fd is not None:
-            draft.add(Reserved("a copy of the -readconfig file that the caller passed", f"config {index}", fact.fd, content=text))
+            draft.add(Reserved("a copy of the -readconfig file that the caller passed", "copy", fact.fd, content=text))
             continue
         draft.way_to(fact, "-readconfig")
         draft.add(Copy("-readconfig", fact.real, text))

@@ -126,9 +126,9 @@ class KeepFd(Grant):
 class Reserved(Grant):
     """An fd that the launcher itself opens for QEMU, under a number of the plan's."""
 
-    what: str  # "lease", "supervisor", "ptmx", or "config N"
+    what: str  # "lease", "supervisor", "ptmx", "config of ...", or "copy": of the caller's fd, in its place
     number: int
-    content: "str | None" = None  # of "config N"
+    content: "str | None" = None  # of a configuration file
 
     def describe(self) -> str:
         """Say what it is."""

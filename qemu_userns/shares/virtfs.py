@@ -20,6 +20,7 @@ ACLS = ("posix_acl_access", "posix_acl_default")
 META_DIR, META_ROOT = ".virtfs_metadata", ".virtfs_metadata_root"
 _LINE_MAX = 99  # bytes that QEMU reads at once of a line
 _ACL_VERSION, _ACL_USER, _ACL_GROUP = 2, 0x02, 0x08
+_NO_ID = 0xFFFFFFFF  # what the kernel tells of an id that a user namespace does not have
 SPECIAL = (stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK)
 
 
@@ -106,7 +107,7 @@ def translate_acl(value: bytes, uid: "Callable[[int], int | None]", gid: "Callab
     for tag, permissions, number in struct.iter_unpack("<HHI", value[4:]):
         other: int | None = number
         if tag in (_ACL_USER, _ACL_GROUP):
-            other = (uid if tag == _ACL_USER else gid)(number)
+            other = None if number == _NO_ID else (uid if tag == _ACL_USER else gid)(number)
         if other is None:
             return None
         out.append(struct.pack("<HHI", tag, permissions, other))

@@ -5,12 +5,14 @@ import stat
 
 from qemu_userns.record import Record
 from qemu_userns.shares import virtfs
+from qemu_userns.shares.idmap import OVERFLOW_ID
 from qemu_userns.shares.stores import MAPPED_FILE, NEW, PASSTHROUGH, STORES, read_xattrs
 from qemu_userns.shares.tree import ROOT
 from qemu_userns.shares.virtfs import SPECIAL, Kept, Seen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from qemu_userns.host.own_ids import OwnIds
     from qemu_userns.shares.idmap import Translation
     from qemu_userns.shares.journal import Journal
     from qemu_userns.shares.tree import Entry
@@ -30,6 +32,7 @@ class Job(Record):
     privileged: bool  # whether device nodes, and files of host root, may come of it
     caller: int  # effective uid
     groups: "frozenset[int]" = frozenset()  # that the caller may give files to
+    own: "OwnIds | None" = None  # the caller's, where it has them all at hand (host/own_ids.py)
 
     @property
     def skip(self) -> "frozenset[str]":
@@ -176,13 +179,23 @@ def _check(entry: "Entry", step: Step, job: Job) -> None:
             raise UnfitError("would be set-id of host root; --privileged, without a map, allows that")
     if job.target == MAPPED_FILE and seen.rdev > 0xFFFFFFFF:
         raise UnfitError("mapped-file keeps 32 bits of a device number")
-    if job.caller != 0:
-        if status.st_uid != job.caller:
-            raise UnfitError(f"belongs to uid {status.st_uid}; only root can convert it")
-        if step.owner[0] != job.caller or (step.owner[1] != status.st_gid and step.owner[1] not in job.groups):
-            raise UnfitError(f"would belong to {step.owner[0]}:{step.owner[1]}; only root can give it away")
+    before, after = (status.st_uid, status.st_gid), step.owner
+    if job.own is not None:
+        is_own, can_give = _is_own(before, job.own), _is_own(after, job.own)
+    else:
+        is_own = job.caller in (0, before[0])
+        can_give = job.caller == 0 or (after[0] == job.caller and after[1] in {before[1], *job.groups})
+    if not is_own:
+        raise UnfitError(f"belongs to {before[0]}:{before[1]}; only root can convert it")
+    if not can_give:
+        raise UnfitError(f"would belong to {after[0]}:{after[1]}; only root can give it away")
     if job.source == PASSTHROUGH and read_xattrs(entry, "security.capability"):
         raise UnfitError("has file capabilities, which no mapped model keeps; remove them first (setcap -r)")
+
+
+def _is_own(owner: "tuple[int, int]", own: "OwnIds") -> bool:
+    """Say whether both ids are the caller's; what the kernel shows for any other is not."""
+    return OVERFLOW_ID not in owner and all(any(number in ids for ids in spans) for number, spans in zip(owner, own, strict=True))
 
 
 def _check_names(entry: "Entry", job: Job) -> None:
