@@ -5,7 +5,7 @@ import sys
 
 from qemu_userns.errors import HostError, ResourceError
 from qemu_userns.hooks.bundle import PREFIX, build_bundle, find_name
-from qemu_userns.host.qemu import is_own_entry
+from qemu_userns.host.qemu import DIVERTED, is_own_entry
 
 # Started without site and isolated, which saves a third of an interpreter start. The second line is how find_qemu knows us.
 _ENTRY = """#!{python} -IS
@@ -47,15 +47,17 @@ except (ImportError, OSError) as error:
 main()
 """
 _PREFIX = "qemu-system-"
-_PROXY_HELPER = "virtfs-proxy-helper"
+PROXY_HELPER = "virtfs-proxy-helper"
 
 
-def install(directory: str, path_env: str) -> "list[str]":
+def install(directory: str, path_env: str, root: str = "") -> "list[str]":
     """Put an entry for every qemu-system-* of PATH, and one for virtfs-proxy-helper, into a directory; older ones are replaced.
 
     Args:
         directory: made if it is missing.
         path_env: PATH.
+        root: the directory of another system that all these are in, and that has this program and its interpreter where they
+            are here.
 
     Returns:
         The names of the entries.
@@ -64,28 +66,48 @@ def install(directory: str, path_env: str) -> "list[str]":
         HostError: there is no QEMU.
         ResourceError: the directory cannot be written, or holds a file of such a name that is not ours.
     """
-    names = find_qemus(path_env)
+    names = find_qemus(path_env, root)
     if not names:
         raise HostError("qemu-system-*", "no QEMU in PATH", "install qemu-system-x86 or another qemu-system package")
-    bundle = os.path.join(os.path.abspath(directory), find_name(_ENTRY))
+    directory = os.path.abspath(directory)
+    bundle = os.path.join(directory, find_name(_ENTRY))
     python, path = os.path.realpath(sys.executable), find_import_path()
     text = _ENTRY.format(python=python, path=path, bundle=bundle)
     try:
-        os.makedirs(directory, exist_ok=True)
-        _write(bundle, build_bundle(), 0o644)
+        os.makedirs(root + directory, exist_ok=True)
+        _write(root + bundle, build_bundle(), 0o644)
         for name in names:
-            _write_entry(os.path.join(directory, name), text)
-        _write_entry(os.path.join(directory, _PROXY_HELPER), _PROXY_ENTRY.format(python=python, path=path))
-        _remove_others(bundle)
+            _write_entry(os.path.join(root + directory, name), text)
+        _write_entry(os.path.join(root + directory, PROXY_HELPER), _PROXY_ENTRY.format(python=python, path=path))
+        _remove_others(root + bundle)
     except OSError as err:
         raise ResourceError(str(err.filename or directory), err.strerror or str(err)) from err
-    return [*names, _PROXY_HELPER]
+    return [*names, PROXY_HELPER]
 
 
-def find_qemus(path_env: str) -> "list[str]":
-    """Return the names of all qemu-system-* programs in PATH that are not our own entries."""
+def uninstall(directory: str) -> bool:
+    """Remove what `install` has put into a directory; return whether there was any.
+
+    Raises:
+        ResourceError: it cannot be removed.
+    """
+    try:
+        names = os.listdir(directory)
+        ours = [name for name in names if name.startswith(PREFIX) or is_own_entry(os.path.join(directory, name))]
+        for name in ours:
+            os.unlink(os.path.join(directory, name))
+    except FileNotFoundError:
+        return False
+    except OSError as err:
+        raise ResourceError(str(err.filename or directory), err.strerror or str(err)) from err
+    return bool(ours)
+
+
+def find_qemus(path_env: str, root: str = "") -> "list[str]":
+    """Return the names of all qemu-system-* programs in PATH, below `root`, that are not our own entries."""
     names = set()
     for directory in path_env.split(":"):
+        directory = root + directory
         try:
             entries = os.listdir(directory or ".")
         except OSError:
@@ -93,7 +115,7 @@ def find_qemus(path_env: str) -> "list[str]":
         for name in entries:
             path = os.path.join(directory, name)
             if name.startswith(_PREFIX) and os.access(path, os.X_OK) and os.path.isfile(path) and not is_own_entry(path):
-                names.add(name)
+                names.add(name.removesuffix(DIVERTED))
     return sorted(names)
 
 

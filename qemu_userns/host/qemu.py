@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MARKER = b"qemu-userns drop-in"  # in the first bytes of each entry that `qemu-userns install` makes
 MARKER_WITHIN = 256
+DIVERTED = ".distrib"  # where dpkg-divert(1) has moved a program that an entry stands in for
 
 
 class QemuFacts(Record):
@@ -51,8 +52,12 @@ def find_qemu(name: str, path_env: str, invoked: "str | None" = None, configured
         return _check_program(name, invoked, "name a QEMU that is not a drop-in entry of qemu-userns")
     for directory in path_env.split(":"):
         path = os.path.abspath(os.path.join(directory, name))
-        if _is_program(path) and not is_own_entry(path, invoked):
+        if not _is_program(path):
+            continue
+        if not is_own_entry(path, invoked):
             return path
+        if _is_program(path + DIVERTED):
+            return path + DIVERTED
     raise HostError(name, "no QEMU of this name in PATH", "install it (qemu-system-*), or set `qemu` in the configuration")
 
 

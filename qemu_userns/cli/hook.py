@@ -1,0 +1,100 @@
+"""qemu-userns hook: set up another program so that it starts the drop-in."""
+
+import os
+import sys
+
+from qemu_userns.errors import UsageError, format_error, printable
+from qemu_userns.hooks.host import Options
+from qemu_userns.hooks.lxd import DAEMONS, build_setup
+from qemu_userns.hooks.steps import apply, undo
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.hooks.lxd import Setup
+    from qemu_userns.hooks.steps import Fault
+
+_USAGE = "qemu-userns hook lxd|incus [--apply | --remove | --check] [--divert] [--dir DIR] [--root DIR]"
+_DIRECTORY = "/usr/local/lib/qemu-userns/dropin"
+_ACTIONS = ("--apply", "--remove", "--check")
+
+
+def hook(words: "list[str]") -> int:
+    """Look, apply, remove or check; return the exit status.
+
+    Raises:
+        UsageError: the words make no sense.
+        ResourceError: a file cannot be read, written or removed.
+        HostError: a program that has to be run fails.
+    """
+    name, action, options = _parse(words)
+    setup = build_setup(DAEMONS[name], options)
+    if action == "--apply":
+        return _apply(setup, options.root)
+    if action == "--remove":
+        return _remove(setup, options.root)
+    faults = [*setup.faults, *(fault for step in setup.steps if (fault := step.find_fault(options.root)) is not None)]
+    if action == "--check":
+        _print_faults(faults)
+        return 1 if faults else 0
+    for line in setup.findings:
+        print(line)
+    for fault in setup.faults:
+        print(f"fault: {fault.what}: {fault.why}" + (f" ({fault.hint})" if fault.hint else ""))
+    for step in setup.steps:
+        print(f"{'done ' if step.find_fault(options.root) is None else 'to do'}  {step.describe()}")
+    _print_rest(setup)
+    return 0
+
+
+def _apply(setup: "Setup", root: str) -> int:
+    """Do all steps, and say which."""
+    for step in apply(setup.steps, root):
+        print(step.describe())
+    _print_rest(setup)
+    return 0
+
+
+def _remove(setup: "Setup", root: str) -> int:
+    """Undo all steps, and say which; return 1 if some cannot be."""
+    done, faults = undo(setup.steps, root)
+    for step in done:
+        print(f"undone: {step.describe()}")
+    for fault in faults:
+        sys.stderr.write(format_error(fault))
+    return 1 if faults else 0
+
+
+def _print_faults(faults: "list[Fault]") -> None:
+    for fault in faults:
+        hint = fault.hint or "qemu-userns hook NAME --apply"
+        print(f"qemu-userns: {printable(fault.what)}: {printable(fault.why)}\nhint: {printable(hint)}", file=sys.stderr)
+
+
+def _print_rest(setup: "Setup") -> None:
+    for line in setup.by_hand:
+        print(f"then: {line}")
+
+
+def _parse(words: "list[str]") -> "tuple[str, str | None, Options]":
+    """Return the name of the program, the action, and the options; raises UsageError."""
+    bad = UsageError(" ".join(["hook", *words]), "not understood", _USAGE)
+    actions, values, names = [], {"--dir": _DIRECTORY, "--root": ""}, []
+    divert = False
+    rest = iter(words)
+    for word in rest:
+        key, equals, value = word.partition("=")
+        if word in _ACTIONS:
+            actions.append(word)
+        elif word == "--divert":
+            divert = True
+        elif key in values:
+            found = value if equals else next(rest, "")
+            if not found:
+                raise bad
+            values[key] = os.path.abspath(found)
+        else:
+            names.append(word)
+    if len(names) != 1 or names[0] not in DAEMONS or len(actions) > 1:
+        raise bad
+    root = "" if values["--root"] == "/" else values["--root"]
+    return names[0], next(iter(actions), None), Options(values["--dir"], root, os.path.realpath(sys.executable), divert)
