@@ -417,12 +417,14 @@ class Nic:
 class Booted:
     """A guest with four processors, and the VM that it runs in."""
 
-    def __init__(self, stack: contextlib.ExitStack, folder: Path, launch: Launch, nics: Sequence[Nic]) -> None:
+    def __init__(
+        self, stack: contextlib.ExitStack, folder: Path, launch: Launch, nics: Sequence[Nic], more: Sequence[str] = ()
+    ) -> None:
         home = folder / "home"
         home.mkdir(parents=True)
         slots = [word for n in range(2) for word in ("-device", f"pcie-root-port,id=slot{n},chassis={n + 1},bus=pcie.0")]
         words = [word for nic in nics for word in nic.words()]
-        machine = [*machine_options(home, "tcg", 256, "qemu_userns_serve"), "-smp", "4", *words, *slots]
+        machine = [*machine_options(home, "tcg", 256, "qemu_userns_serve"), "-smp", "4", *words, *slots, *more]
         ours, theirs = socket.socketpair()
         stack.enter_context(ours)
         with theirs:

@@ -26,7 +26,7 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
     needs = find_needs(commandline)
     extra_dirs = (*qemu.library_dirs, *qemu.data_dirs, *_module_dirs(request.environ))
     extra = (*extra_dirs, *_places(config, commandline), *(met.path for met in start.stand_ins.values()))
-    facts = look_at_host(needs, commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra)
+    facts = look_at_host(needs, commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra, config.taps)
     facts = facts.replace(stand_ins=start.stand_ins) if start.stand_ins else facts
     program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
     settings = Settings(
@@ -38,6 +38,7 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
         config.passthrough,
         start.share_maps,
         config.net,
+        config.taps,
     )
     return build_plan(request.argv[0], commandline, needs, facts, start.identity, program, settings, start.lease is not None)
 

@@ -8,6 +8,7 @@ import time
 
 from qemu_userns.cli.vms import Vm, find_vm, is_supervised, read_vms
 from qemu_userns.errors import HostError, UsageError
+from qemu_userns.hooks.install import find_import_path
 from qemu_userns.supervisor import registry
 from qemu_userns.supervisor.process import STANDARD_PATH
 
@@ -46,7 +47,7 @@ def adopt(words: "list[str]") -> int:
 def _start_supervisor(vm: Vm) -> bytes:
     """Start a supervisor that adopts a VM; return what it says when it cannot, nothing when it serves."""
     ours, theirs = os.pipe()
-    words = [sys.executable, "-I", "-S", _SCRIPT, os.path.dirname(vm.socket), str(vm.pid), str(theirs)]
+    words = [sys.executable, "-I", "-S", _SCRIPT, os.path.dirname(vm.socket), str(vm.pid), str(theirs), *find_import_path()]
     try:
         subprocess.Popen(
             words,

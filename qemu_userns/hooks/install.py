@@ -1,5 +1,6 @@
 """Put drop-in entries into a directory."""
 
+import importlib.util
 import os
 import sys
 
@@ -122,6 +123,9 @@ def find_qemus(path_env: str, root: str = "") -> "list[str]":
 def find_import_path() -> "list[str]":
     """Return the folders from which an interpreter without site imports this program."""
     path = [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
+    pyroute2 = importlib.util.find_spec("pyroute2")
+    if pyroute2 is not None and pyroute2.origin is not None:
+        path.append(os.path.dirname(os.path.dirname(os.path.abspath(pyroute2.origin))))
     if sys.version_info < (3, 12):
         import unshare
 

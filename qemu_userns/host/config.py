@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from qemu_userns.host.subids import IdMapEntry, IdRange
+    from qemu_userns.plan.grants import TapSettings
     from qemu_userns.plan.idmaps import ShareMap
     from qemu_userns.plan.rights import MonitorRights, SocketRights
 
@@ -34,6 +35,7 @@ class Config(Record):
     sockets: "tuple[SocketRights, ...]" = ()  # QMP sockets of ours, in addition to the command line's
     monitors: "tuple[MonitorRights, ...]" = ()  # what clients of the command line's QMP monitors may do
     share_maps: "tuple[ShareMap, ...]" = ()  # id maps of single shares; the last one that names a share counts
+    taps: "tuple[TapSettings, ...]" = ()  # of taps that are made for the VM, one for each name
     passthrough: str = ""  # path of a socket of QEMU's own monitor; may hold %n, %u and %%
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import Object
     from qemu_userns.plan.facts import Caller
+    from qemu_userns.plan.grants import TapSettings
     from qemu_userns.plan.identity import Identity
 
 _XATTR = "user.virtfs.qemu-userns"
@@ -39,6 +40,7 @@ def look_at_host(
     environ: "Mapping[str, str]",
     program: str,
     extra: "Iterable[str]",
+    taps: "Sequence[TapSettings]" = (),
 ) -> HostFacts:
     """Look up every path that the needs name, the headers of images, and what every view holds.
 
@@ -50,6 +52,7 @@ def look_at_host(
         environ: the caller's.
         program: path of the real QEMU.
         extra: directories that this QEMU needs besides the system's, and where the settings want sockets.
+        taps: what the settings say of taps.
     """
     walker = PathWalker(caller.cwd, caller.root)
     paths: "dict[str, PathFact]" = {}
@@ -81,6 +84,7 @@ def look_at_host(
     for path in (program, PTMX, KVM, *extra, *_temporary(environ)):
         look(path)
     refused_taps = _find_refused_taps([need.obj.get("ifname") or "" for need in needs if need.way == ways.TAP], caller)
+    refused_settings = _find_refused_settings(needs, taps)
     not_taps = _find_others(needs)
     base = tuple(walker.look(entry.path, to_write=False) for entry in BASE)
     limit = (-1, -1)
@@ -88,7 +92,19 @@ def look_at_host(
         from qemu_userns.host.memory import find_lock_limit
 
         limit = find_lock_limit()
-    return HostFacts(caller, paths, images, base, environ, probe_landlock(), refused_taps, knows_machine(), limit, not_taps)
+    return HostFacts(
+        caller,
+        paths,
+        images,
+        base,
+        environ,
+        probe_landlock(),
+        refused_taps,
+        refused_settings,
+        knows_machine(),
+        limit,
+        not_taps,
+    )
 
 
 def _candidates(need: "Need") -> "tuple[str, ...]":
@@ -163,6 +179,17 @@ def _find_refused_taps(names: "Sequence[str]", caller: "Caller") -> "tuple[tuple
     from qemu_userns.host.taps import find_refused
 
     return find_refused(names, caller)
+
+
+def _find_refused_settings(needs: "Sequence[Need]", taps: "Sequence[TapSettings]") -> "tuple[tuple[str, str, str], ...]":
+    """Return which taps cannot be made as the settings say, by id, why, and what would help."""
+    if not taps:
+        return ()
+    from qemu_userns.host.tap_settings import find_refused_settings
+    from qemu_userns.plan.taps import find_settings
+
+    found = [(find_settings(taps, need.obj), need.obj.get("ifname") or "") for need in needs if need.way == ways.TAP]
+    return find_refused_settings([(settings, name) for settings, name in found if settings is not None])
 
 
 def _temporary(environ: "Mapping[str, str]") -> "tuple[str, ...]":

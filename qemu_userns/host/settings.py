@@ -41,6 +41,7 @@ TYPES = {
     "passthrough": str,
 }
 ABOUT_MONITORS = ("qmp", "qmp.socket", "qmp.monitor", "passthrough")
+TAP = "tap."  # what a setting of a tap begins with
 SHARE_IDMAP = ("share.", ".idmap")  # what a setting with the name of a share between them begins and ends with
 
 
@@ -48,7 +49,7 @@ def apply_settings(config: "Config", settings: "Mapping[str, list[str]]", where:
     """Return the settings with those of one place; raises UsageError."""
     changes: dict[str, object] = {}
     qemu = dict(config.qemu)
-    maps = config.share_maps
+    maps, taps = config.share_maps, config.taps
     for key, values in settings.items():
         what = f"{where}: {key}"
         if _names_qemu(key):
@@ -69,6 +70,10 @@ def apply_settings(config: "Config", settings: "Mapping[str, list[str]]", where:
             changes[key] = _parse_switch(values[0], what)
         elif _names_share(key):
             maps = (*maps, _parse_share_map(key, values, what))
+        elif key.startswith(TAP):
+            from qemu_userns.host.settings_taps import parse_tap
+
+            changes["taps"] = taps = parse_tap(taps, key, values[0], what)
         elif key not in ABOUT_MONITORS:
             raise UsageError(what, "there is no such setting", f"known are {', '.join(TYPES)}")
     config = config.replace(qemu=tuple(qemu.items()), share_maps=maps, **changes)
@@ -214,6 +219,10 @@ def _parse_toml(data: bytes, path: str) -> "dict[str, list[str]]":
             settings.update(encode_tables(value, path))
         elif key == "share":
             settings.update(_parse_shares(value, path))
+        elif key == "tap":
+            from qemu_userns.host.settings_taps import flatten_taps
+
+            settings.update(flatten_taps(value, path))
         elif key in TYPES and "." not in key:
             settings[key] = _flatten(value, TYPES[key], f"{path}: {key}")
         else:

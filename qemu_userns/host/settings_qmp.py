@@ -129,11 +129,11 @@ def _parse_rights(table: "dict[str, list[str]]", what: str) -> Rights:
             word = name.removesuffix("*").replace("-", "").replace("_", "").replace(".", "")
             if not name or (word and not (word.isascii() and word.isalnum())):
                 raise UsageError(f"{what}.{key}", f"'{name}' is no QMP command", "name commands, e.g. query-status or query-*")
-    users = tuple(dict.fromkeys(_find_uid(user, f"{what}.users") for user in table.get("users", ())))
+    users = tuple(dict.fromkeys(find_uid(user, f"{what}.users") for user in table.get("users", ())))
     return Rights(access, tuple(table.get("allow", ())), tuple(table.get("deny", ())), users)
 
 
-def _find_uid(text: str, what: str) -> int:
+def find_uid(text: str, what: str) -> int:
     """Return the uid of a user that is given by name or uid; raises UsageError."""
     if text.isascii() and text.isdecimal() and int(text) < END_OF_IDS:
         return int(text)

@@ -49,7 +49,7 @@ _BUSY_TRIES, _BUSY_PAUSE_S = 100, 0.02
 
 def find_refused(names: "Iterable[str]", caller: "Caller") -> "tuple[tuple[str, str], ...]":
     """Return which taps the caller may not open, "" for a new one, and why; what cannot be told is not among them."""
-    if _may_configure():
+    if may_configure():
         return ()
     reasons = ((name, _find_reason(name, caller)) for name in names)
     return tuple((name, reason) for name, reason in reasons if reason)
@@ -81,6 +81,10 @@ def open_tap(grant: "Tap | Helper", opened: "Opened") -> None:
     for number in grant.numbers:
         fd, name = open_queue(grant, name)
         if number == grant.numbers[0]:
+            if grant.settings is not None:
+                from qemu_userns.host.tap_settings import set_up
+
+                set_up(grant, grant.settings, name, fd)
             _run_scripts(grant, name, fd, opened)
         opened.take(fd, number)
 
@@ -170,7 +174,7 @@ def _describe_end(grant: Helper, status: int) -> str:
     return f"{grant.argv[0]} ended with status {status}"
 
 
-def _may_configure() -> bool:
+def may_configure() -> bool:
     """Say whether this process has CAP_NET_ADMIN: proc_pid_status(5)."""
     with open("/proc/self/status", "rb") as file:
         line = next(line for line in file if line.startswith(b"CapEff:"))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qemu_userns.cmdline.objects import CommandLine
     from qemu_userns.cmdline.source import Edit
     from qemu_userns.plan.facts import HostFacts
+    from qemu_userns.plan.grants import TapSettings
     from qemu_userns.plan.identity import Identity
     from qemu_userns.plan.idmaps import ShareMap
     from qemu_userns.plan.rights import MonitorRights, SocketRights
@@ -67,6 +68,7 @@ class Settings(Record):
     passthrough: str = ""
     share_maps: "tuple[ShareMap, ...]" = ()
     network: str = CALLERS_NETWORK
+    taps: "tuple[TapSettings, ...]" = ()
 
 
 def build_plan(
@@ -93,10 +95,14 @@ def build_plan(
     """
     draft = Draft(commandline.objects, facts, identity, _find_named_fds(needs), settings.share_maps)
     draft.host_tree = WHOLE_HOST if settings.whole_host else NO_HOST
-    draft.version, draft.memory = program.version, find_memory(commandline.objects)
+    draft.version, draft.memory, draft.taps = program.version, find_memory(commandline.objects), settings.taps
     _add_base(draft, program)
     for need in serve_monitors(draft, commandline, needs, settings):
         hand_over(draft, need, commandline)
+    if settings.taps:
+        from qemu_userns.plan.taps import refuse_unused
+
+        refuse_unused(draft)
     _keep_for_incoming(draft, commandline)
     _add_default_kvm(draft, commandline, program)
     _add_temporary(draft, commandline)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qemu_userns.cmdline.objects import Object
     from qemu_userns.cmdline.source import Member
     from qemu_userns.plan.facts import HostFacts
+    from qemu_userns.plan.grants import TapSettings
     from qemu_userns.plan.identity import Identity
 
 # Getfd names of our own; those of clients may be anything else that begins with no digit.
@@ -213,6 +214,7 @@ def build_command_plan(
     host_tree: str = NO_HOST,
     version: "tuple[int, ...]" = (),
     memory: "tuple[str, str]" = ("", ""),
+    taps: "tuple[TapSettings, ...]" = (),
 ) -> CommandPlan:
     """Build the plan of a command.
 
@@ -227,9 +229,10 @@ def build_command_plan(
         host_tree: which tree QEMU sees, as in the plan of its launch.
         version: QEMU's.
         memory: the values of its -m: size and maxmem.
+        taps: what the settings say of taps.
     """
     draft = CommandDraft(text, objects, facts, identity, first_number)
-    draft.host_tree, draft.version, draft.memory = host_tree, version, memory
+    draft.host_tree, draft.version, draft.memory, draft.taps = host_tree, version, memory, taps
     commandline = CommandLine((), (), (), tuple(objects))
     after = text
     try:
@@ -237,6 +240,10 @@ def build_command_plan(
             # /dev/fd/N is QEMU's own; it has been opened by now.
             if not need.path.startswith(("/dev/fd/", "/proc/self/fd/")):
                 hand_over(draft, need, commandline)
+        if taps:
+            from qemu_userns.plan.taps import refuse_unused
+
+            refuse_unused(draft)
         after = draft.print_text()
     except CommandLineError as err:
         draft.refuse(name, str(err))

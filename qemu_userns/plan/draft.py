@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qemu_userns.cmdline.objects import Object
     from qemu_userns.cmdline.source import Member
     from qemu_userns.plan.facts import HostFacts, PathFact
-    from qemu_userns.plan.grants import OpenFd
+    from qemu_userns.plan.grants import OpenFd, TapSettings
     from qemu_userns.plan.identity import Identity, MountMap
     from qemu_userns.plan.idmaps import ShareMap
 
@@ -63,6 +63,7 @@ class Draft:
         self.capabilities: "frozenset[int]" = frozenset()
         self.host_tree = NO_HOST
         self.version: "tuple[int, ...]" = ()  # of the real QEMU
+        self.taps: "tuple[TapSettings, ...]" = ()
         self.memory = ("", "")  # the values of -m: size and maxmem
         self._parts: "dict[Member, list[tuple[int, int, str, str]]]" = {}
         self._taken = set(facts.caller.open_fds | named_fds)

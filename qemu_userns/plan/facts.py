@@ -122,6 +122,8 @@ class HostFacts(Record):
     environment: "Mapping[str, str]"
     landlock_abi: int = 0  # 0: the kernel has none
     refused_taps: "tuple[tuple[str, str], ...]" = ()  # by name, "" for a new one: why the caller may not open it
+    # Of taps with settings, by id: why they cannot be made so, and a hint.
+    refused_settings: "tuple[tuple[str, str, str], ...]" = ()
     call_filter: bool = False  # whether a seccomp filter can be built for this machine
     # RLIMIT_MEMLOCK: soft, and how high it may be set; -1 for none (looked up where memory is locked)
     lock_limit: "tuple[int, int]" = (-1, -1)

@@ -200,6 +200,28 @@ class LockLimit(Grant):
         return f"RLIMIT_MEMLOCK: {much}"
 
 
+class TapSettings(Record):
+    """What our settings say of a tap that is made for the VM (`tap.NAME.KEY`): set once it is there, before its script runs."""
+
+    name: str  # id of the -netdev, -nic or -net
+    bridge: str = ""  # that it is put into
+    mtu: "int | None" = None  # bytes
+    mac: str = ""  # of the host's side
+    owner: "int | None" = None  # uid that may open it too
+    up: bool = True
+
+    def describe(self) -> str:
+        """Say it in one line."""
+        parts = (
+            f"in bridge {self.bridge}" if self.bridge else "",
+            "" if self.mtu is None else f"mtu {self.mtu}",
+            f"mac {self.mac}" if self.mac else "",
+            "" if self.owner is None else f"of uid {self.owner}",
+            "up" if self.up else "",
+        )
+        return ", ".join(filter(None, parts))
+
+
 class Tap(Grant):
     """A tap opened outside, one fd for each queue; passed by number, or by name."""
 
@@ -208,13 +230,15 @@ class Tap(Grant):
     vnet_hdr: "bool | None"  # None: if the kernel has it
     script: str = ""  # absolute; run outside once the tap is open, "" for none
     downscript: str = ""  # absolute; run outside when QEMU has ended, or has let go of the tap
+    settings: "TapSettings | None" = None
 
     def describe(self) -> str:
-        """Say which tap, and what runs for it."""
+        """Say which tap, what is set, and what runs for it."""
         queues = f", {len(self.numbers)} queues" if len(self.numbers) > 1 else ""
         script = f", {self.script} run outside" if self.script else ""
         downscript = f", {self.downscript} run outside at its end" if self.downscript else ""
-        return f"{_describe_fds(self.numbers)}: tap {self.name or 'that the kernel names'}{queues}{script}{downscript}"
+        settings = "" if self.settings is None else f", {self.settings.describe()}"
+        return f"{_describe_fds(self.numbers)}: tap {self.name or 'that the kernel names'}{queues}{settings}{script}{downscript}"
 
 
 class Helper(Grant):

@@ -9,17 +9,21 @@ from qemu_userns.catalogue import ways
 from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.cmdline.source import replace
 from qemu_userns.plan.facts import ABSENT, CHARACTER, MISSING, REGULAR
-from qemu_userns.plan.grants import HELPER_FD, READ, WRITE, Helper, OpenFd, Tap
+from qemu_userns.plan.grants import HELPER_FD, READ, WRITE, Helper, OpenFd, Refuse, Tap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import Object
     from qemu_userns.plan.draft import Draft
+    from qemu_userns.plan.grants import TapSettings
 
 _O_RDWR = 2
 _NAME_MAX_BYTES = 15  # QEMU cuts what is longer: IFNAMSIZ
 _SCRIPT, _DOWNSCRIPT = "/etc/qemu-ifup", "/etc/qemu-ifdown"
+_NETWORKS = ("netdev", "nic", "net")
 _BRIDGE = "br0"
 # Where builds of QEMU have it, the first one of them that is there.
 HELPERS = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/local/libexec/qemu-bridge-helper")
@@ -39,6 +43,23 @@ def hand_over(draft: "Draft", need: "Need") -> None:
             _open_vhost(draft, need)
 
 
+def find_settings(taps: "Sequence[TapSettings]", obj: "Object") -> "TapSettings | None":
+    """Return what the settings say of a nic's tap, None for nothing."""
+    return next((settings for settings in taps if settings.name == obj.id), None)
+
+
+def refuse_unused(draft: "Draft") -> None:
+    """Refuse settings for a tap where the nic that they name has another back end, or a tap that is made elsewhere."""
+    used = {grant.settings.name for grant in draft.grants if isinstance(grant, Tap) and grant.settings}
+    if any(isinstance(grant, Refuse) for grant in draft.grants):
+        return
+    for obj in draft.objects:
+        settings = find_settings(draft.taps, obj) if obj.kind in _NETWORKS else None
+        if settings and settings.name not in used:
+            hint = f"leave the settings out, or have one made: -netdev tap,id={settings.name}"
+            draft.refuse(f"-{obj.kind} {settings.name}", f"tap.{settings.name} is for a tap that is made for the VM", hint)
+
+
 def _open_tap(draft: "Draft", need: "Need") -> None:
     obj = need.obj
     queues = _count_queues(obj)
@@ -49,18 +70,24 @@ def _open_tap(draft: "Draft", need: "Need") -> None:
         return
     fact = draft.path(need.path)
     if fact.kind == ABSENT and fact.error in (None, MISSING):
-        draft.refuse(f"{need.describe()} {need.path}", MISSING, "load the kernel's module: modprobe tun")
+        draft.refuse_missing(need)
         return
     if not draft.check(need, fact, READ | WRITE):
         return
-    name = _cut(obj.get("ifname") or "")
+    name, settings = _cut(obj.get("ifname") or ""), find_settings(draft.taps, obj)
+    for refused, reason, hint in draft.facts.refused_settings if settings else ():
+        if refused == obj.id:
+            draft.refuse(f"{need.describe()} tap.{refused}", reason, hint)
+            return
     for refused, reason in draft.facts.refused_taps:
         if refused == name:
             draft.refuse(f"{need.describe()} {name}".rstrip(), reason, _hint(draft, name, queues))
             return
     numbers = tuple(draft.next_fd() for _ in range(queues))
-    script, downscript = _find_script(draft, obj, "script", _SCRIPT), _find_script(draft, obj, "downscript", _DOWNSCRIPT)
-    draft.add(Tap(need.describe(), name, numbers, None if vnet_hdr is None else vnet_hdr == "on", script, downscript))
+    defaults = ("", "") if settings else (_SCRIPT, _DOWNSCRIPT)  # these stand in for the scripts that nobody has named
+    script, downscript = (_find_script(draft, obj, *named) for named in zip(("script", "downscript"), defaults, strict=True))
+    header = None if vnet_hdr is None else vnet_hdr == "on"
+    draft.add(Tap(need.describe(), name, numbers, header, script, downscript, settings))
     _give(draft, obj, numbers, _TAP_KEYS)
 
 

@@ -152,8 +152,8 @@ def _plan(job: Job) -> "CommandPlan":
     except OSError as err:
         raise ResourceError("QEMU's working directory", err.strerror or str(err)) from err
     caller = state.caller.replace(open_fds=frozenset())
-    facts = look_at_host(needs, objects, caller, state.identity, {}, state.program, ())
-    launched = (state.host_tree, state.version, state.memory)
+    facts = look_at_host(needs, objects, caller, state.identity, {}, state.program, (), state.taps)
+    launched = (state.host_tree, state.version, state.memory, state.taps)
     return build_command_plan(name, text, objects, needs, facts, state.identity, job.first_number, *launched)
 
 

@@ -43,6 +43,7 @@ class State(Record):
     network: str = CALLERS_NETWORK  # as in Plan
     memory: "tuple[str, str]" = ("", "")  # the values of -m: size and maxmem
     displays: "tuple[grants.Display, ...]" = ()
+    taps: "tuple[grants.TapSettings, ...]" = ()  # for those that are plugged in
     started: int = 0  # when QEMU's process was, in clock ticks after boot: a pid may be another process's later
 
     @property
@@ -51,7 +52,18 @@ class State(Record):
         return self.name if self.name and (not self.uuid or self.uuid not in self.name) else str(self.pid)
 
 
-_RECORDS = (Identity, MapEntry, MountMap, Caller, Account, Leftover, Downscript, Rights, *grants.Grant.__subclasses__())
+_RECORDS = (
+    Identity,
+    MapEntry,
+    MountMap,
+    Caller,
+    Account,
+    Leftover,
+    Downscript,
+    Rights,
+    grants.TapSettings,
+    *grants.Grant.__subclasses__(),
+)
 CLASSES: "dict[str, type[Record]]" = {cls.__name__: cls for cls in (State, *_RECORDS)}
 
 
@@ -78,6 +90,7 @@ def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
         plan.network,
         find_memory(start.asked.commandline.objects),
         tuple(grant for grant in plan.grants if isinstance(grant, grants.Display)),
+        start.asked.config.taps,
     )
 
 

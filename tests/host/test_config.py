@@ -13,6 +13,7 @@ from qemu_userns.errors import UsageError
 from qemu_userns.host.config import Config, config_paths, configured_qemu, load_config, parse_userns_option
 from qemu_userns.host.settings import ABOUT_MONITORS
 from qemu_userns.host.subids import IdMapEntry, IdRange
+from qemu_userns.plan.grants import TapSettings
 from qemu_userns.plan.identity import MapEntry
 from qemu_userns.plan.idmaps import ShareMap
 from qemu_userns.plan.rights import READ_ONLY, MonitorRights, Rights, SocketRights
@@ -152,6 +153,21 @@ def test_a_later_list_of_tables_replaces_the_earlier(tmp_path: Path) -> None:
         ("[share.a]\nidmap = ['both 0 0']", "share.a.idmap", "host root"),
         ("[share.a]\nidmap = ['gid 1 1']", "share.a.idmap", "uids or gids alone"),
         ("[share.'']\nidmap = ['both 1 1']", "share..idmap", "no such setting"),
+        ("tap = 1", "tap", "is not a table of tables"),
+        ("[tap]\nbridge = 'b'", "tap", "is not a table of tables"),
+        ("[tap.n]\nspeed = 1", "tap.n.speed", "is not a str"),
+        ("[tap.n]\nspeed = 'x'", "tap.n.speed", "no such setting"),
+        ("[tap.n]\nmtu = '1500'", "tap.n.mtu", "is not a int"),
+        ("[tap.n]\nmtu = 67", "tap.n.mtu", "'67' is no mtu"),
+        ("[tap.n]\nmtu = true", "tap.n.mtu", "is not a int"),
+        ("[tap.n]\nmac = '52:54:00:12:34'", "tap.n.mac", "is no MAC address"),
+        ("[tap.n]\nmac = '53:54:00:12:34:56'", "tap.n.mac", "no address of one interface"),
+        ("[tap.n]\nmac = '00:00:00:00:00:00'", "tap.n.mac", "no address of one interface"),
+        ("[tap.n]\nbridge = 'a/b'", "tap.n.bridge", "is no name of an interface"),
+        ("[tap.n]\nbridge = 'longer-than-it-is'", "tap.n.bridge", "is no name of an interface"),
+        ("[tap.n]\nowner = 'nobody-of-that-name'", "tap.n.owner", "there is no user"),
+        ("[tap.n]\nup = 'on'", "tap.n.up", "is not a bool"),
+        ("[tap.'']\nup = true", "tap..up", "no such setting"),
         ("net = 1", "net", "is not a str"),
         ("net = 'some'", "net", "not a choice"),
         ("net = 'run/netns/a'", "net", "not a choice"),
@@ -250,6 +266,15 @@ def test_the_id_map_of_a_share(file: Path) -> None:
     assert config.share_maps == (ours,)
     changed = parse_userns_option([("share.b.idmap", "uid 1 1"), ("share.b.idmap", "gid 2 2")], config)
     assert changed.share_maps == (ours, ShareMap("b", (MapEntry(1, 1, 1),), (MapEntry(2, 2, 1),)))
+
+
+def test_the_settings_of_a_tap(file: Path) -> None:
+    """A later place overrides key by key."""
+    text = '[tap."a.b"]\nbridge = "br0"\nmtu = 9000\nowner = 1000\n[tap.c]\nup = false\nowner = "root"'
+    config = load_config([write(file, text)], None)
+    assert config.taps == (TapSettings("a.b", "br0", 9000, owner=1000), TapSettings("c", owner=0, up=False))
+    changed = parse_userns_option([("tap.a.b.mac", "52:54:00:AB:cd:ef"), ("tap.a.b.mtu", "1"), ("tap.a.b.mtu", "1400")], config)
+    assert changed.taps[1] == TapSettings("a.b", "br0", 1400, "52:54:00:ab:cd:ef", 1000)
 
 
 def test_a_table_on_the_command_line_is_a_list_of_members() -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from qemu_userns.catalogue.commands import HMP, find_command_needs, read_command
 from qemu_userns.catalogue.twins import find_twin
+from qemu_userns.plan.build import Settings
 from qemu_userns.plan.command import CommandPlan, build_command_plan
 from qemu_userns.plan.facts import ABSENT, CHARACTER, MISSING, PathFact
-from qemu_userns.plan.grants import OpenFd, Reserved, Tap
+from qemu_userns.plan.grants import OpenFd, Reserved, Tap, TapSettings
+from qemu_userns.plan.refusals import NO_NODE as NO_NODE_THERE
 from qemu_userns.plan.taps import HELPERS
 from tests.plans import USER, asked_for, brief, make_facts, plan_of
 
@@ -117,7 +119,7 @@ def refusal(*words: str, **more: Any) -> tuple[str, str, str | None]:
 def test_a_missing_right_is_named_before_anything_is_opened() -> None:
     tap = ("-netdev", "tap,id=n,ifname=t0")
     node = "-netdev tap /dev/net/tun"
-    assert refusal(*tap, paths={"/dev/net/tun": NO_NODE}) == (node, MISSING, "load the kernel's module: modprobe tun")
+    assert refusal(*tap, paths={"/dev/net/tun": NO_NODE}) == (node, NO_NODE_THERE, "load the kernel's module tun: modprobe tun")
     hint = "it belongs to 0:0 and has mode 0600; be its owner, in its group, or change the mode"
     assert refusal(*tap, paths={"/dev/net/tun": CLOSED}) == (node, "Permission denied", hint)
     hint = "have root make one: ip tuntap add dev t0 mode tap user user"
@@ -164,6 +166,53 @@ def test_what_is_handed_over_is_described() -> None:
         f"fd 303: the tap that {HELPER} --br=br0 opens, run outside",
     ]
     assert "`info network`" in plan.rewrites[0].why
+
+
+# --- with settings ----------------------------------------------------------------------------------------------------
+
+TAP = TapSettings("n", "br0", 9000, "52:54:00:12:34:56", 7)
+SET = Settings(taps=(TAP,))
+
+
+@pytest.mark.parametrize(
+    ("words", "scripts"),
+    [
+        (("-netdev", "tap,id=n"), ("", "")),
+        (("-nic", "tap,id=n"), ("", "")),
+        (("-net", "tap,id=n,ifname=t0,script=/x/up"), ("/x/up", "")),
+        (("-netdev", '{"type":"tap","id":"n","downscript":"down"}'), ("", "/home/user/down")),
+    ],
+)
+def test_settings_stand_in_for_the_scripts_that_nobody_has_named(words: tuple[str, ...], scripts: tuple[str, str]) -> None:
+    (tap,) = [grant for grant in plan_of(*words, settings=SET).grants if isinstance(grant, Tap)]
+    assert (tap.settings, (tap.script, tap.downscript)) == (TAP, scripts)
+    assert ", in bridge br0, mtu 9000, mac 52:54:00:12:34:56, of uid 7, up" in tap.describe()
+
+
+def test_settings_of_others_change_nothing() -> None:
+    assert plan_of("-netdev", "tap,id=m", settings=SET) == plan_of("-netdev", "tap,id=m")
+
+
+@pytest.mark.parametrize(
+    "words", [("-netdev", "tap,id=n,fd=9"), ("-netdev", "bridge,id=n"), ("-netdev", "user,id=n"), ("-nic", "user,id=n")]
+)
+def test_settings_of_what_is_not_made_here_are_refused(words: tuple[str, ...]) -> None:
+    hint = "leave the settings out, or have one made: -netdev tap,id=n"
+    assert refusal(*words, settings=SET, fds=(9,)) == (f"{words[0]} n", "tap.n is for a tap that is made for the VM", hint)
+
+
+def test_settings_that_cannot_be_had_are_refused_before_anything_is_opened() -> None:
+    facts = make_facts().replace(refused_settings=(("m", "other", "no"), ("n", "there is no bridge br0", "make one")))
+    text = json.dumps({"execute": "netdev_add", "arguments": {"type": "tap", "id": "n"}})
+    objects = read_command("netdev_add", text)
+    needs = find_command_needs("netdev_add", objects)
+    found = build_command_plan("netdev_add", text, objects, needs, facts, USER, 7, taps=(TAP,))
+    assert [(it.why, it.reason, it.hint) for it in found.find_refusals()] == [
+        ("netdev_add tap tap.n", "there is no bridge br0", "make one")
+    ]
+    (tap,) = build_command_plan("netdev_add", text, objects, needs, make_facts(), USER, 7, taps=(TAP,)).grants
+    assert isinstance(tap, Tap)
+    assert tap.settings == TAP
 
 
 # --- by a command -----------------------------------------------------------------------------------------------------
