@@ -249,6 +249,30 @@ def test_a_tap_is_plugged_in_and_out(launch: Launch, scripts: Scripts, shared_tm
     compared(shared_tmp, launch, dialogue)
 
 
+def test_an_id_that_is_taken_is_refused_before_anything_is_opened(launch: Launch, scripts: Scripts, shared_tmp: Path) -> None:
+    up, down = str(scripts.make("up")), str(scripts.make("down"))
+    ip("link", "add", "b0", "type", "bridge")
+    ip("tuntap", "add", "dev", "t1", "mode", "tap")
+    Path("/etc/qemu/bridge.conf").write_text("allow b0\n")
+
+    def dialogue(vm: Vm) -> list[Any]:
+        seen: list[Any] = []
+        for taken in ("there", "plugged"):
+            for more in ({}, {"ifname": "t1"}, {"queues": 2, "vhost": True}):
+                seen.append(vm.qmp.ask("netdev_add", type="tap", id=taken, script=up, downscript=down, **more))
+            seen.append(vm.qmp.ask("netdev_add", type="bridge", id=taken, br="b0"))
+            seen.append(vm.qmp.ask("netdev_add", type="user", id="plugged"))
+        # Where the id is the command line's, QEMU says so on its stderr.
+        seen.append(vm.qmp.hmp(f"netdev_add tap,id=plugged,script={up},downscript={down}"))
+        seen.append("error" in vm.qmp.ask("netdev_add", type="tap", script=up, downscript=down))
+        seen.append("error" in vm.qmp.ask("netdev_add", type="tap", id="no id!", script=up, downscript=down))
+        seen += [interfaces(), scripts.said()]
+        return seen
+
+    compared(shared_tmp, launch, dialogue, "-netdev", "user,id=there")
+    assert scripts.said() == []
+
+
 def test_what_was_plugged_in_is_taken_back_at_the_end(launch: Launch, scripts: Scripts, shared_tmp: Path) -> None:
     up, down = str(scripts.make("up")), str(scripts.make("down"))
     with plugged(shared_tmp / "vm", launch) as vm:

@@ -22,7 +22,7 @@ WAITING_MAX_BYTES = 1 << 20
 
 
 class Turn(Record):
-    """Something of a client that waits for its turn: exactly one of the fields is set."""
+    """Something of a client that waits for its turn: exactly one of the first four fields is set."""
 
     command: "Command | None" = None
     raw: "bytes | None" = None
@@ -31,6 +31,8 @@ class Turn(Record):
     """What the client is told."""
     fd: "int | None" = None
     """An fd that becomes the pending one."""
+    free: bool = False
+    """QEMU has said that the id of what the command makes is free."""
 
 
 class Opening(Record):
@@ -87,6 +89,11 @@ class Client:
     def push(self, turn: Turn) -> None:
         """Append what waits."""
         self._turns.append(turn)
+        self.waiting_bytes += measure(turn)
+
+    def push_first(self, turn: Turn) -> None:
+        """Put something before all that waits."""
+        self._turns.appendleft(turn)
         self.waiting_bytes += measure(turn)
 
     def pop(self) -> Turn:

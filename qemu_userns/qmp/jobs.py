@@ -4,7 +4,7 @@ Each is a generator that yields bytes and fds for QEMU and is sent the reply. A 
 that it is told nothing more, and that what is only being prepared for it is undone.
 """
 
-from qemu_userns.qmp.clients import list_fds
+from qemu_userns.qmp.clients import Turn, list_fds
 from qemu_userns.qmp.message import (
     GENERIC,
     NEGOTIATED,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qemu_userns.qmp.message import Command, Reply
     from qemu_userns.qmp.shared import Job, Shared
 
+_NOWHERE = "qemu-userns.nowhere-"  # begins the name of an fd that is never passed
 _DISPLAY = "qemu-userns.display"  # the name of its socket while QEMU takes it
 INT64 = range(-(1 << 63), 1 << 63)
 
@@ -219,6 +220,25 @@ _SPECIAL: "dict[str, Callable[[Shared, Client, Command], Job]]" = {
     "query-chardev": _query_chardev,
     "query-fdsets": _query_fdsets,
 }
+
+
+def ask_for_id(shared: "Shared", client: "Client", command: "Command", name: str) -> "Job":
+    """Ask QEMU whether the id of a network back end is free, before a tap is made and a script runs for nothing.
+
+    QEMU looks at the id first (net_client_init1() of net/net.c), and then for an fd that is never there. Where it says something
+    else than that, this is what it would say of the command.
+    """
+    nowhere = f"{_NOWHERE}{shared.token}"
+    reply = yield shared.ask("netdev_add", type="tap", id=name, fd=nowhere), ()
+    error = get_dict(reply.value, "error")
+    error_class, desc = error.get("class"), error.get("desc")
+    if not isinstance(error_class, str) or not isinstance(desc, str) or nowhere in desc:
+        if not client.gone:
+            client.push_first(Turn(command, free=True))
+    elif command.name == "netdev_add":
+        shared.tell_error(client, error_class, desc, command.id)
+    else:
+        shared.tell(client, build_return(f"Error: {desc}\r\n", command.id, shared.pretty))
 
 
 def hand_over(shared: "Shared", opening: "Opening", prepared: "Prepared") -> "Job":

@@ -15,7 +15,7 @@ QEMU is not trusted: what it sends that makes no sense ends the session, and it 
 
 from qemu_userns.qmp.actions import CloseClient, Log, Prepare, Prepared, SendQemu
 from qemu_userns.qmp.clients import Client, Line, Opening, Turn, list_fds
-from qemu_userns.qmp.jobs import do_chore, greet, hand_over, negotiate, pass_malformed, run_command
+from qemu_userns.qmp.jobs import ask_for_id, do_chore, greet, hand_over, negotiate, pass_malformed, run_command
 from qemu_userns.qmp.message import (
     GENERIC,
     NEGOTIATE_FIRST,
@@ -253,7 +253,7 @@ class Session:
             return
         turn = client.pop()
         if turn.command:
-            self._serve_command(client, turn.command)
+            self._serve_command(client, turn.command, turn.free)
         elif turn.answer is not None:
             shared.tell(client, turn.answer)
         elif turn.fd is not None:
@@ -265,8 +265,8 @@ class Session:
             else:
                 self._start(pass_malformed(shared, client, turn.raw), client)
 
-    def _serve_command(self, client: Client, command: "Command") -> None:
-        """Refuse a command, have it prepared, or begin its dialogue with QEMU."""
+    def _serve_command(self, client: Client, command: "Command", free: bool = False) -> None:
+        """Refuse a command, have it prepared, or begin its dialogue with QEMU; one whose id is free needs no asking for that."""
         shared = self._shared
         if command.oob:
             shared.tell_error(client, GENERIC, OOB_UNEXPECTED, command.id)
@@ -277,7 +277,12 @@ class Session:
                 shared.tell_error(client, NOT_FOUND, NEGOTIATE_FIRST, command.id)
         elif self._is_allowed(client, command):
             if takes_rules(command) and shared.rules.needs_opening(command):
-                self._prepare(client, command)
+                owner = None if free else shared.rules.owner_of(command.name, command.arguments)
+                if owner is not None and owner[0] == "netdev":
+                    job = ask_for_id(shared, client, command, owner[1]) if owner[1] else run_command(shared, client, command)
+                    self._start(job, client)  # without an id QEMU refuses it
+                else:
+                    self._prepare(client, command)
             else:
                 self._start(run_command(shared, client, command), client)
 

@@ -46,9 +46,9 @@ def find_gone(name: str, data: dict[str, object]) -> tuple[str, str] | None:
 RULES = Rules(lambda command: command.name in ("blockdev-add", "screendump"), find_owner, find_removed, find_gone, find_fd_names)
 
 
-def start(*clients: int, policy: Policy = FULL, pretty: bool = False) -> Session:
+def start(*clients: int, policy: Policy = FULL, pretty: bool = False, rules: Rules = RULES) -> Session:
     """Return a session that is ready, with clients that have negotiated."""
-    session = Session(TOKEN, pretty, RULES)
+    session = Session(TOKEN, pretty, rules)
     assert session.receive_qemu(GREETING)
     assert session.receive_qemu(b'{"return": {}, "id": "token-1"}\r\n') == []
     for client in clients:

@@ -319,6 +319,55 @@ def test_what_a_command_names_is_handed_over_first_and_kept() -> None:
     assert session.receive_qemu(ERROR) == [Release(5)]
 
 
+PLUG = b'{"execute": "netdev_add", "arguments": {"type": "tap", "id": "n"}, "id": 9}'
+NOWHERE = f"qemu-userns.nowhere-{TOKEN}"
+ASKED = own(2, "netdev_add", f'"fd": "{NOWHERE}", "type": "tap", "id": "n"')
+
+
+def start_netdevs(*clients: int) -> Session:
+    """Return a session that prepares netdev_add."""
+    rules = RULES.replace(
+        needs_opening=lambda command: True,
+        owner_of=lambda name, arguments: ("netdev", str(arguments.get("id"))) if "id" in arguments else ("netdev", ""),
+    )
+    return start(*clients, rules=rules)
+
+
+def test_a_netdev_is_prepared_once_its_id_is_known_to_be_free() -> None:
+    session = start_netdevs(1)
+    assert session.receive_client(1, PLUG + STATUS, ()) == [SendQemu(ASKED)]
+    missing = error(f"File descriptor named '{NOWHERE}' has not been found", echo='"id": "token-2", ')
+    assert session.receive_qemu(missing) == [Prepare(1, 1, "netdev_add", PLUG.decode())]
+    assert session.answer(1, Prepared(PLUG, handed=4)) == [SendQemu(PLUG)]
+
+
+def test_a_netdev_whose_id_is_taken_is_not_prepared() -> None:
+    session = start_netdevs(1, 2)
+    assert session.receive_client(1, PLUG, ()) == [SendQemu(ASKED)]
+    taken = error("Duplicate ID 'n'", echo='"id": 9, ')
+    assert session.receive_qemu(error("Duplicate ID 'n'", echo='"id": "token-2", ')) == [SendClient(1, taken)]
+    line = PLUG.replace(b"netdev_add", b"human-monitor-command")
+    session.receive_client(2, line, ())
+    printed = b'{"return": "Error: Duplicate ID \'n\'\\r\\n", "id": 9}\r\n'
+    assert session.receive_qemu(error("Duplicate ID 'n'", echo='"id": "token-3", ')) == [SendClient(2, printed)]
+    assert session.is_idle(1)
+    assert session.is_idle(2)
+
+
+def test_a_netdev_without_an_id_is_left_to_qemu() -> None:
+    nameless = PLUG.replace(b', "id": "n"', b"")
+    assert start_netdevs(1).receive_client(1, nameless, ()) == [SendQemu(nameless)]
+
+
+def test_a_client_that_leaves_while_qemu_is_asked_for_its_id() -> None:
+    session = start_netdevs(1, 2)
+    session.receive_client(1, PLUG, ())
+    assert session.close_client(1) == []
+    assert session.receive_client(2, PLUG, ()) == []
+    asked = ASKED.replace(b"token-2", b"token-3")
+    assert session.receive_qemu(error(NOWHERE, echo='"id": "token-2", ')) == [SendQemu(asked)]
+
+
 def test_what_nothing_holds_after_the_reply_is_taken_back() -> None:
     session = start(1)
     ticket = prepare(session, "screendump", b'{"execute":"screendump","arguments":{"filename":"/s"}}')
