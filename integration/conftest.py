@@ -20,6 +20,7 @@ from tests.conftest import (
     shared_tmp,
     unprivileged_user,
 )
+from tests.machine import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,7 @@ __all__ = [
     "unprivileged_user",
 ]
 
-GRACE_S = 5
+GRACE_S = 5 * PATIENCE
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from integration.shares import Launch, dropin_words
 from integration.talk import DEADLINE_S, PLAIN, connected, fds_of, started, supervisor_of, wait_until
+from tests.machine import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 ROOT = os.geteuid() == 0
 BARE = ["-nodefaults", "-display", "none", "-M", "none"]
 SIZE_BYTES = 1 << 20
-SETTLE_S = 5
-PROBE_LIMIT_S = 20
+SETTLE_S = 5 * PATIENCE
+PROBE_LIMIT_S = 20 * PATIENCE
 
 # What differs from run to run: when, and QEMU's own numbers for block nodes, fds and ports.
 _VARYING = [

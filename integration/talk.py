@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from integration.vm import user_environment
 from qemu_userns.supervisor.registry import find_run_dir
 from tests.conftest import CHECKOUT
+from tests.machine import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ PLAIN = ["qemu-system-x86_64"]
 REAL = "/usr/bin/qemu-system-x86_64"
 IDLE = ["-nodefaults", "-display", "none", "-M", "none", "-S"]
 UUID = "6b3f8a52-0c1e-4c55-9d2b-4f6f0e8f5a11"
-DEADLINE_S = 30
+DEADLINE_S = 30 * PATIENCE
 
 
 def wait_until(condition: Callable[[], T], what: str, timeout_s: float = DEADLINE_S) -> T:

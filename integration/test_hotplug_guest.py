@@ -16,7 +16,8 @@ import pytest
 from integration.plugged import Client, Vm, plugged
 from integration.shares import Launch
 from integration.talk import DEADLINE_S, connected
-from integration.vm import machine_options, port_options
+from integration.vm import BOOT_S, machine_options, port_options
+from tests.machine import ACCELERATOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
 
 SLOTS = 6
-BOOT_S = 120.0
 
 
 class Guest:
@@ -68,7 +68,7 @@ class Booted:
 def booted(launch: Launch, shared_tmp: Path) -> Iterator[Booted]:
     home = shared_tmp / "home"
     home.mkdir()
-    machine = machine_options(home, "tcg", 128, "qemu_userns_serve")
+    machine = machine_options(home, ACCELERATOR, 128, "qemu_userns_serve")
     slots = [word for n in range(SLOTS) for word in ("-device", f"pcie-root-port,id=slot{n},chassis={n + 1},bus=pcie.0")]
     ours, theirs = socket.socketpair()
     with ours, contextlib.ExitStack() as stack:

@@ -19,10 +19,11 @@ from integration.plugged import Vm, compared, plugged
 from integration.shares import Launch, dropin_words, launches
 from integration.talk import PLAIN, as_user, home_of, is_alive, running, started, supervisor_of, wait_until
 from integration.test_hotplug_guest import Guest, unplug, wait_for
-from integration.vm import machine_options, port_options
+from integration.vm import RunningGuest, machine_options, port_options
 from qemu_userns.host.taps import open_queue
 from qemu_userns.plan.grants import Tap
 from tests.conftest import CHECKOUT
+from tests.machine import ACCELERATOR, PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
 
 IDLE = ["-nodefaults", "-display", "none", "-M", "none"]
-LIMIT_S = 30
+LIMIT_S = 30 * PATIENCE
 OURS = str(CHECKOUT / ".venv/bin/qemu-userns")
 NO_SCRIPTS = "script=no,downscript=no"
 HELPER = "/usr/lib/qemu/qemu-bridge-helper"
@@ -403,11 +404,12 @@ def test_fds_of_the_caller_are_kept(launch: Launch) -> None:
 class Nic:
     """A tap with an address, and what the guest has of it."""
 
-    def __init__(self, number: int, queues: int = 1) -> None:
+    def __init__(self, number: int, queues: int = 1, user: str | None = None) -> None:
+        """Make the tap, root's or a user's."""
         self.number, self.queues = number, queues
         self.name, self.mac = f"t{number}", f"52:54:00:00:00:0{number}"
         many = ("multi_queue",) if queues > 1 else ()
-        ip("tuntap", "add", "dev", self.name, "mode", "tap", *many)
+        ip("tuntap", "add", "dev", self.name, "mode", "tap", *many, *(("user", user) if user else ()))
         ip("addr", "add", f"10.7.{number}.1/24", "dev", self.name)
         ip("link", "set", self.name, "up")
 
@@ -422,13 +424,13 @@ class Nic:
     def words(self) -> list[str]:
         return ["-netdev", json.dumps(self.netdev()), "-device", json.dumps(self.device())]
 
-    def find(self, guest: Guest, address: str) -> str:
+    def find(self, guest: Guest | RunningGuest, address: str) -> str:
         """Give the guest's end an address; return its name."""
         find = f'dev=$(grep -l "^{self.mac}$" /sys/class/net/*/address | cut -d/ -f5); [ -n "$dev" ]'
         up = f"ip addr add {address} dev $dev && ip link set $dev up && echo $dev"
         return guest.check(f"modprobe virtio_net; {wait_for(find)}; {up}").strip()
 
-    def check(self, guest: Guest) -> None:
+    def check(self, guest: Guest | RunningGuest) -> None:
         """Have packets go there and back from each of the guest's processors, which have queues of their own."""
         name = self.find(guest, f"10.7.{self.number}.2/24")
         found = guest.check(
@@ -448,7 +450,7 @@ class Booted:
         home.mkdir(parents=True)
         slots = [word for n in range(2) for word in ("-device", f"pcie-root-port,id=slot{n},chassis={n + 1},bus=pcie.0")]
         words = [word for nic in nics for word in nic.words()]
-        machine = [*machine_options(home, "tcg", 256, "qemu_userns_serve"), "-smp", "4", *words, *slots, *more]
+        machine = [*machine_options(home, ACCELERATOR, 256, "qemu_userns_serve"), "-smp", "4", *words, *slots, *more]
         ours, theirs = socket.socketpair()
         stack.enter_context(ours)
         with theirs:

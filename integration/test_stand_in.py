@@ -22,6 +22,7 @@ from qemu_userns.host.usernamespace import Holder, write_map
 from qemu_userns.linux import process
 from qemu_userns.plan.identity import MapEntry
 from tests.conftest import CHECKOUT, dropin_folder
+from tests.machine import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ LXD_MAP = (MapEntry(0, 65534, 1), MapEntry(1000, 1000, 1))
 """What LXD makes of `raw.idmap = both 1000 1000`."""
 REAL_HELPER = "/usr/lib/qemu/virtfs-proxy-helper"
 OVERFLOW = 65534
-DEADLINE_S = 20
+DEADLINE_S = 20 * PATIENCE
 
 
 class Helper:

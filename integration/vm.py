@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from integration.guest.build_guest import GuestFiles, build_guest, find_guest
+from tests.machine import ACCELERATOR, PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 SCRIPT_NAME = "opt/qemu-userns/script"
 # A panic ends QEMU too: panic=-1 resets, and -no-reboot. The kernel's tests of its ciphers are a fifth of a boot under TCG.
+BOOT_S = 120 * PATIENCE
 KERNEL_ARGUMENTS = "console=ttyS0 panic=-1 oops=panic cryptomgr.notests no_timer_check"
 
 
@@ -61,8 +63,8 @@ def run_guest(
     *,
     tmp: Path,
     extra: Sequence[str] = (),
-    timeout_s: float = 120,
-    accel: str = "tcg",
+    timeout_s: float = BOOT_S,
+    accel: str = ACCELERATOR,
     memory_mib: int = 256,
     user: str | None = None,
     env: dict[str, str] | None = None,
@@ -109,8 +111,8 @@ def running_guest(
     *,
     tmp: Path,
     extra: Sequence[str] = (),
-    timeout_s: float = 120,
-    accel: str = "tcg",
+    timeout_s: float = BOOT_S,
+    accel: str = ACCELERATOR,
     memory_mib: int = 256,
     user: str | None = None,
     env: dict[str, str] | None = None,

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
+from tests.machine import IN_TEST_HOST, TEST_HOST
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TEST_USER = "qemu-userns-test"  # scripts/setup creates it
-TEST_HOST = "QEMU_USERNS_TEST_HOST"
 KVM = Path("/dev/kvm")
 KVM_GET_API_VERSION = 0xAE00
 KVM_API_VERSION = 12
@@ -162,7 +163,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is not for this caller: the tests run as root and as an ordinary user, some in the test host only."""
-    others = ["ordinary" if os.geteuid() == 0 else "root", *(() if os.environ.get(TEST_HOST) else ("host",))]
+    others = ["ordinary" if os.geteuid() == 0 else "root", *(() if IN_TEST_HOST else ("host",))]
     left_out = [item for item in items if any(map(item.get_closest_marker, others))]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
