@@ -1,12 +1,13 @@
-"""Run a command in test hosts: `python3 -m integration.host.run_host [SUITE...] [-- COMMAND]`; by default all, and their tests.
+"""Run a command in test hosts: `python3 -m integration.host.run_host [--limit SECONDS] [SUITE...] [-- COMMAND]`.
 
-A host is plain QEMU under software emulation: two processors that have SVM, so that its /dev/kvm works. Its root is thrown
-away afterwards. The project in it is what git lists of this checkout.
+By default in all of them, and the tests that selection.py names. A host is plain QEMU under software emulation: two processors
+that have SVM, so that its /dev/kvm works. Its root is thrown away afterwards. The project in it is what git lists of this
+checkout. A signal that asks to end (SIGINT, SIGTERM, SIGHUP) ends the host too, and leaves nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import ctypes
 import os
 import shlex
@@ -23,18 +24,25 @@ from typing import TYPE_CHECKING
 from integration.guest.build_guest import BuildError, find_guest
 from integration.guest.build_guest import build_guest as build_nested_guest
 from integration.host.build_host import SUITES, HostFiles, build_host
+from integration.host.selection import SELECTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import FrameType
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
-TIME_LIMIT_S = 1200
 MEMORY_MIB = 3072
+CONSOLE_LINES = 40
 PR_SET_PDEATHSIG = 1
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class HostTimeoutError(Exception):
     """The host did not end in time, and has been killed."""
+
+
+class InterruptedBySignal(BaseException):
+    """This process is asked to end; the argument is the signal."""
 
 
 def run_in_host(host: HostFiles, command: str, timeout_s: float) -> int:
@@ -51,33 +59,47 @@ def run_in_host(host: HostFiles, command: str, timeout_s: float) -> int:
         home = Path(folder)
         (home / "command").write_text(command)
         pack_project(home / "project.tar")
-        with subprocess.Popen(
-            qemu_words(host, home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=end_with_us
-        ) as qemu:
-            assert qemu.stdout is not None
-            late = threading.Event()
+        return run_machine(host, home, timeout_s)
 
-            def end() -> None:
-                late.set()
-                qemu.kill()
 
-            timer = threading.Timer(timeout_s, end)
-            timer.start()
-            try:
-                while data := os.read(qemu.stdout.fileno(), 65536):
-                    sys.stdout.buffer.write(data.replace(b"\r\n", b"\n"))
-                    sys.stdout.flush()
-                qemu.wait()
-            finally:
-                timer.cancel()
-                qemu.kill()
-        console = (home / "console").read_text(errors="replace") if (home / "console").exists() else ""
-        if late.is_set():
-            raise HostTimeoutError(f"no end after {timeout_s:.0f} s\n{console[-3000:]}")
-        status = (home / "status").read_text().strip() if (home / "status").exists() else ""
-        if not status:
-            raise BuildError(f"no exit status; QEMU's is {qemu.returncode}\n{console[-3000:]}")
-        return int(status)
+def run_machine(host: HostFiles, home: Path, timeout_s: float) -> int:
+    """Do as `run_in_host` does, with the command and the project that `home` has."""
+    with subprocess.Popen(
+        qemu_words(host, home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=end_with_us
+    ) as qemu:
+        assert qemu.stdout is not None
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            qemu.kill()
+
+        timer = threading.Timer(timeout_s, end)
+        timer.start()
+        try:
+            while data := os.read(qemu.stdout.fileno(), 65536):
+                sys.stdout.buffer.write(data.replace(b"\r\n", b"\n"))
+                sys.stdout.flush()
+            qemu.wait()
+        except BaseException:
+            print(f"\nhost: interrupted; its console ended so:\n{console_end(home)}", flush=True)
+            raise
+        finally:
+            timer.cancel()
+            qemu.kill()
+    if late.is_set():
+        raise HostTimeoutError(f"no end after {timeout_s:.0f} s; its console ended so:\n{console_end(home)}")
+    status = (home / "status").read_text().strip() if (home / "status").exists() else ""
+    if not status:
+        raise BuildError(f"no exit status; QEMU's is {qemu.returncode}, and the console ended so:\n{console_end(home)}")
+    return int(status)
+
+
+def console_end(home: Path) -> str:
+    """Return the last lines of a host's console."""
+    console = home / "console"
+    lines = console.read_text(errors="replace").splitlines() if console.exists() else []
+    return "\n".join(lines[-CONSOLE_LINES:])
 
 
 def qemu_words(host: HostFiles, home: Path) -> list[str]:
@@ -135,27 +157,47 @@ def end_with_us() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def main(words: Sequence[str]) -> int:
+def parse_words(words: Sequence[str]) -> argparse.Namespace:
+    """Return `suites`, `limit` in seconds or None, and `command`, which is empty for the selected tests."""
     at = words.index("--") if "--" in words else len(words)
-    names, command = words[:at], words[at + 1 :]
-    if unknown := [name for name in names if name not in SUITES]:
-        print(f"host: no such suite: {' '.join(unknown)} (there are {' '.join(SUITES)})", file=sys.stderr)
-        return 2
-    text = shlex.join(command) if command else "integration/host/run_tests"
+    parser = argparse.ArgumentParser(prog="scripts/test --host", usage="%(prog)s [--limit SECONDS] [SUITE...] [-- COMMAND...]")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="instead of the selection's own")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(SUITES)}; all by default")
+    found = parser.parse_args(words[:at])
+    if unknown := [name for name in found.suites if name not in SUITES]:
+        parser.error(f"no such suite: {' '.join(unknown)} (there are {' '.join(SUITES)})")
+    found.command = list(words[at + 1 :])
+    return found
+
+
+def interrupt(number: int, _frame: FrameType | None) -> None:
+    """Let everything that has something to undo do so."""
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise InterruptedBySignal(number)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run what the words say; a signal becomes the exit status that a shell gives it."""
+    asked = parse_words(words)
+    for number in ENDING:  # also where a shell in the background has SIGINT ignored
+        signal.signal(number, interrupt)
     results: dict[str, str] = {}
-    for name in names or SUITES:
-        start = time.monotonic()
-        try:
-            status = run_in_host(build_host(SUITES[name]), text, TIME_LIMIT_S)
-            results[name] = "passed" if status == 0 else f"FAILED with exit status {status}"
-        except (BuildError, HostTimeoutError) as err:
-            results[name] = f"FAILED: {err}"
-        results[name] += f" ({time.monotonic() - start:.0f} s)"
-        print(f"host: {name}: {results[name]}", flush=True)
+    try:
+        for name in asked.suites or SUITES:
+            selection, start = SELECTIONS[name], time.monotonic()
+            command = asked.command or ["integration/host/run_tests", *selection.tests]
+            try:
+                status = run_in_host(build_host(SUITES[name]), shlex.join(command), asked.limit or selection.limit_s)
+                results[name] = "passed" if status == 0 else f"FAILED with exit status {status}"
+            except (BuildError, HostTimeoutError) as err:
+                results[name] = f"FAILED: {err}"
+            results[name] += f" ({time.monotonic() - start:.0f} s)"
+            print(f"host: {name}: {results[name]}", flush=True)
+    except InterruptedBySignal as err:
+        return 128 + int(err.args[0])
     return 0 if all(result.startswith("passed") for result in results.values()) else 1
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main(sys.argv[1:]))
-    sys.exit(130)
+    sys.exit(main(sys.argv[1:]))
