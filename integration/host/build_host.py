@@ -47,13 +47,23 @@ class Suite(NamedTuple):
     name: str
     """Of the Debian suite; with `-backports`, QEMU is taken from there."""
     python: str
+    daemons: tuple[str, ...] = ()
+    """Packages that start QEMU themselves, with what they need."""
 
     @property
     def base(self) -> str:
         return self.name.removesuffix("-backports")
 
 
-SUITES = {suite.name: suite for suite in (Suite("bookworm", "3.11"), Suite("trixie", "3.13"), Suite("trixie-backports", "3.13"))}
+LXD, INCUS = ("lxd", "lxd-client", "ovmf", "gdisk"), ("incus", "ovmf", "gdisk")
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite("bookworm", "3.11", LXD),
+        Suite("trixie", "3.13", (*LXD, *INCUS)),
+        Suite("trixie-backports", "3.13"),
+    )
+}
 
 
 class HostFiles(NamedTuple):
@@ -122,7 +132,7 @@ def install_debian(tar: Path, site: Path, suite: Suite) -> None:
     """Install the suite's packages into a tar file."""
     mirror = find_mirror()
     sources = [f"deb {mirror} {suite.base} main"]
-    packages = PACKAGES + (COMPILER if suite.python == "3.11" else [])
+    packages = [*PACKAGES, *(COMPILER if suite.python == "3.11" else []), *suite.daemons]
     options = ["--quiet", "--variant=minbase", "--format=tar", f"--customize-hook={CUSTOMIZE}"]
     if suite.name != suite.base:
         sources.append(f"deb {mirror} {suite.name} main")
