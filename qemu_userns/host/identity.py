@@ -1,7 +1,7 @@
 """Decide who QEMU is outside, from the caller, the options and the host's subordinate ids."""
 
 from qemu_userns.errors import HostError, UsageError
-from qemu_userns.host.subids import END_OF_IDS, find_ranges
+from qemu_userns.host.subids import END_OF_IDS, find_ranges, find_unshared_ranges
 from qemu_userns.plan.identity import DIRECT, NEWIDMAP, SELF, Identity, MapEntry, build_map
 
 TYPE_CHECKING = False
@@ -56,7 +56,7 @@ def _find(
             raise UsageError(f"user {user.name}", "only root can run QEMU as another user")
         return _find_own(caller.account, config), None
     if user is not None:
-        found = _build(user, user.groups, *_subordinate(user), config, "the user that the command line names")
+        found = _build(user, user.groups, *_subordinate(user, True), config, "the user that the command line names")
         if not needs_ids or len(found.uid_map) > 1:
             return found, None
     from qemu_userns.host.leases import LEASE_COUNT, find_pools, lease_range, preview_range
@@ -128,7 +128,7 @@ class _Owner:
 
 def _find_own(account: "Account", config: "Config") -> Identity:
     """Build the identity of an unprivileged caller: its own id, and its subordinate ids after it."""
-    uid_ranges, gid_ranges = _subordinate(account)
+    uid_ranges, gid_ranges = _subordinate(account, False)
     uid_extra, gid_extra = _extra(config)
     if uid_ranges and gid_ranges:
         method, why, warning = NEWIDMAP, "the caller, with subordinate ids", None
@@ -171,10 +171,11 @@ def _build(
     return Identity(owner.uid, owner.gid, groups, True, DIRECT, uid_map, gid_map, why)
 
 
-def _subordinate(account: "Account") -> "tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]":
-    """Return the subordinate uid and gid ranges of an account."""
-    uid_ranges = find_ranges(SUBUID, account.name, account.uid)
-    gid_ranges = find_ranges(SUBGID, account.name, account.uid, account.gid)
+def _subordinate(account: "Account", unshared: bool) -> "tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]":
+    """Return the subordinate uid and gid ranges of an account; `unshared` leaves out those that are somebody else's too."""
+    find = find_unshared_ranges if unshared else find_ranges
+    uid_ranges = find(SUBUID, account.name, account.uid)
+    gid_ranges = find(SUBGID, account.name, account.uid, account.gid)
     return tuple((span.start, span.count) for span in uid_ranges), tuple((span.start, span.count) for span in gid_ranges)
 
 

@@ -15,7 +15,7 @@ import os
 import stat
 
 from qemu_userns.errors import HostError
-from qemu_userns.host.subids import IdRange, all_ranges, find_ranges, intersect_ranges, overlaps
+from qemu_userns.host.subids import IdRange, all_ranges, find_unshared_ranges, intersect_ranges, overlaps
 from qemu_userns.record import Record
 
 TYPE_CHECKING = False
@@ -43,7 +43,7 @@ def find_pools(
     Args:
         subuid_path: /etc/subuid.
         subgid_path: /etc/subgid.
-        configured: the configured pool, used where root has no range in both files.
+        configured: the configured pool, used where root has no range of its own in both files.
 
     Returns:
         The pools, and the ranges in them that belong to somebody else.
@@ -51,7 +51,7 @@ def find_pools(
     Raises:
         HostError: one of the files is malformed, or root's ranges cannot be used.
     """
-    own = intersect_ranges(find_ranges(subuid_path, "root", 0), find_ranges(subgid_path, "root", 0))
+    own = intersect_ranges(find_unshared_ranges(subuid_path, "root", 0), find_unshared_ranges(subgid_path, "root", 0))
     own = tuple(pool for pool in own if pool.count >= LEASE_COUNT)
     if own:
         return own, ()

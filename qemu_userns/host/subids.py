@@ -93,13 +93,23 @@ def find_ranges(path: str, name: str, uid: int, own_id: "int | None" = None) -> 
         HostError: the file is malformed, or a range of this user cannot be used.
     """
     entries = _read_entries(path)
-    own = [entry for entry in entries if entry[0] in (name, str(uid))]
-    if len(own) > MAX_EXTENTS:
-        raise HostError(path, f"{len(own)} ranges for {name}, the kernel takes {MAX_EXTENTS}", f"join ranges of {name} in {path}")
+    own = _find_entries(path, entries, name, uid, own_id)
     for entry in own:
-        _check_range(path, entry, uid if own_id is None else own_id)
-        _check_overlap(path, entry, entries)
+        other = _find_overlap(entry, entries)
+        if other is not None:
+            why = f"the range of {entry[0]} overlaps that of {other[0]} in line {other[3]}"
+            raise HostError(f"{path}:{entry[3]}", why, "give each owner ids of its own, or both could reach each other's files")
     return tuple(IdRange(start, count) for _, start, count, _ in own)
+
+
+def find_unshared_ranges(path: str, name: str, uid: int, own_id: "int | None" = None) -> "tuple[IdRange, ...]":
+    """Find those subordinate ids of one user that no other entry gives away too, as `find_ranges` does; for root, who need not use them.
+
+    Debian's package lxd, for one, gives the same range to its own user and to root, for the containers of LXD.
+    """
+    entries = _read_entries(path)
+    own = _find_entries(path, entries, name, uid, own_id)
+    return tuple(IdRange(entry[1], entry[2]) for entry in own if _find_overlap(entry, entries) is None)
 
 
 def all_ranges(path: str) -> "tuple[IdRange, ...]":
@@ -190,13 +200,21 @@ def _check_range(path: str, entry: "Entry", own_id: int) -> None:
     raise HostError(f"{path}:{line}", why, f"correct line {line} of {path} (subuid(5)), e.g. with usermod --add-subuids")
 
 
-def _check_overlap(path: str, entry: "Entry", entries: "list[Entry]") -> None:
-    """Raise HostError if another entry shares an id with this one."""
-    owner, start, count, line = entry
-    for other, other_start, other_count, other_line in entries:
-        if other_line != line and other_count and overlaps(start, count, other_start, other_count):
-            why = f"the range of {owner} overlaps that of {other} in line {other_line}"
-            raise HostError(f"{path}:{line}", why, "give each owner ids of its own, or both could reach each other's files")
+def _find_entries(path: str, entries: "list[Entry]", name: str, uid: int, own_id: "int | None") -> "list[Entry]":
+    """Return the entries of one user, each of which can be mapped; raises HostError."""
+    own = [entry for entry in entries if entry[0] in (name, str(uid))]
+    if len(own) > MAX_EXTENTS:
+        raise HostError(path, f"{len(own)} ranges for {name}, the kernel takes {MAX_EXTENTS}", f"join ranges of {name} in {path}")
+    for entry in own:
+        _check_range(path, entry, uid if own_id is None else own_id)
+    return own
+
+
+def _find_overlap(entry: "Entry", entries: "list[Entry]") -> "Entry | None":
+    """Return another entry that shares an id with this one."""
+    _, start, count, line = entry
+    others = (other for other in entries if other[3] != line and other[2])
+    return next((other for other in others if overlaps(start, count, other[1], other[2])), None)
 
 
 def _decimal(text: str) -> "int | None":

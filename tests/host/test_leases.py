@@ -331,5 +331,17 @@ def test_pools(tmp_path: Path) -> None:
     assert find_pools(*paths, configured) == ((IdRange(1500000, 500000),), ())
 
 
+def test_what_root_shares_with_others_is_not_leased(tmp_path: Path) -> None:
+    """As Debian's package lxd leaves the files: the ids are those of its containers."""
+    subuid = tmp_path / "subuid"
+    subuid.write_text("_lxd:100000:10000001\nroot:100000:10000001\n")
+    shared = IdRange(100000, 10000001)
+    paths = (str(subuid), str(subuid))
+    assert find_pools(*paths, None) == ((leases.CONTAINER_POOL,), (shared,) * 4)
+    assert preview_range(*find_pools(*paths, None), "") >= shared.end
+    subuid.write_text(subuid.read_text() + "root:20000000:65536\n")
+    assert find_pools(*paths, None) == ((IdRange(20000000, 65536),), ())
+
+
 def test_container_pool_is_systemds() -> None:
     assert leases.CONTAINER_POOL.end - 1 == 1879048191

@@ -13,6 +13,7 @@ from qemu_userns.host.subids import (
     IdRange,
     all_ranges,
     find_ranges,
+    find_unshared_ranges,
     intersect_ranges,
     parse_idmap,
     parse_span,
@@ -70,6 +71,14 @@ def test_unusable_range(subuid: Path, text: str, line: int, why: str) -> None:
         find_ranges(str(subuid), "vm", 1000)
     assert caught.value.what == f"{subuid}:{line}"
     assert caught.value.hint
+
+
+def test_ranges_that_nobody_else_has(subuid: Path) -> None:
+    subuid.write_text("other:100000:65536\nvm:165535:10\nvm:300000:10\n1000:300009:10\nvm:400000:10\nother:400010:10\n")
+    assert find_unshared_ranges(str(subuid), "vm", 1000) == (IdRange(400000, 10),)
+    subuid.write_text("vm:0:65536\n")
+    with pytest.raises(HostError, match="host root"):
+        find_unshared_ranges(str(subuid), "vm", 1000)
 
 
 def test_last_id_may_be_used(subuid: Path) -> None:
