@@ -6,18 +6,13 @@ drop-in gives the same.
 
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import re
-import signal
 import socket
-import struct
 import subprocess
-import threading
 import time
 from itertools import zip_longest
 from pathlib import Path
@@ -26,10 +21,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
-from integration.talk import IDLE, PLAIN, UUID, connected, is_alive, running, started, wait_until
+from integration.lxd import Instance
+from integration.lxd_client import boot_as_lxd, image_fd, work_as_lxd
+from integration.lxd_conf import SHAPES, Shape
+from integration.talk import IDLE, PLAIN, connected, running, started, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from qemu.qmp import Message
 
@@ -82,19 +80,6 @@ def fixed(text: str, folder: Path) -> str:
     for pattern, replacement in VARYING:
         text = pattern.sub(replacement, text)
     return text
-
-
-@contextlib.contextmanager
-def image_fd(folder: Path, name: str, flags: int = os.O_RDWR) -> Iterator[int]:
-    """Give an open image that only its owner may open."""
-    path = folder / name
-    path.write_bytes(bytes(IMAGE_SIZE))
-    path.chmod(0o600)
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 # --- QEMU's Python library --------------------------------------------------------------------------------------------
@@ -356,347 +341,30 @@ def test_a_state_arrives_on_an_inherited_fd_that_only_a_command_names(compare: C
 
 # --- LXD --------------------------------------------------------------------------------------------------------------
 
-# contracts/lxd.md 1.4 and 1.6, without what needs KVM or a guest.
-LXD_OPTIONS = [
-    *("-S", "-name", "v1", "-uuid", UUID, "-daemonize", "-nographic", "-nodefaults", "-no-user-config"),
-    *("-sandbox", "on,obsolete=deny,elevateprivileges=allow,spawn=allow,resourcecontrol=deny"),
-    *("-serial", "chardev:console"),
-]
-LXD_CONF = """\
-# Machine
-[machine]
-graphics = "off"
-type = "q35"
-accel = "tcg"
-[global]
-driver = "ICH9-LPC"
-property = "disable_s3"
-value = "1"
-[boot-opts]
-strict = "on"
-# Console
-[chardev "console"]
-backend = "socket"
-path = "{folder}/qemu.console"
-server = "on"
-wait = "off"
-# QEMU machine protocol monitor
-[chardev "monitor"]
-backend = "socket"
-path = "{folder}/qemu.monitor"
-server = "on"
-wait = "off"
-[mon]
-chardev = "monitor"
-mode = "control"
-[memory]
-size = "64M"
-[smp-opts]
-cpus = "1"
-maxcpus = "2"
-[device "qemu_pcie1"]
-driver = "pcie-root-port"
-bus = "pcie.0"
-addr = "1.0"
-chassis = "1"
-[device "qemu_pcie2"]
-driver = "pcie-root-port"
-bus = "pcie.0"
-addr = "2.0"
-chassis = "2"
-[device "qemu_scsi"]
-driver = "virtio-scsi-pci"
-bus = "pcie.0"
-addr = "3.0"
-[device "dev-qemu_serial"]
-driver = "virtio-serial-pci"
-bus = "pcie.0"
-addr = "4.0"
-[chardev "qemu_serial-chardev"]
-backend = "ringbuf"
-size = "16B"
-[device "qemu_serial"]
-driver = "virtserialport"
-name = "com.canonical.lxd"
-chardev = "qemu_serial-chardev"
-bus = "dev-qemu_serial.0"
-[object "qemu_rng"]
-qom-type = "rng-random"
-filename = "/dev/urandom"
-"""
-
-
-class LxdClient:
-    """A monitor connection as LXD has it: one command at a time, written without a newline, its fd in the same sendmsg."""
-
-    def __init__(self, connection: socket.socket, folder: Path, *, numbered: bool) -> None:
-        """Borrow the connection, and read the greeting."""
-        connection.settimeout(LIMIT_S)
-        self._connection, self._folder, self._numbered = connection, folder, numbered
-        self._reader = connection.makefile("rb", buffering=0)
-        self._last_id = 0
-        self.seen: list[str] = []
-        greeting = self._read()
-        assert greeting["QMP"]["capabilities"] == ["oob"]
-        self.ask("qmp_capabilities")
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def ask(self, command: str, fd: int | None = None, /, **arguments: Any) -> Any:
-        """Send a command, return its reply's return value, None if it is an error."""
-        message: dict[str, object] = {"execute": command}
-        if arguments:
-            message["arguments"] = arguments
-        if self._numbered:  # 6.6, 5.21.5 and later
-            self._last_id += 1
-            message["id"] = self._last_id
-            data = json.dumps(message, separators=(",", ":"))
-        else:  # 5.0 to 6.5, go-qemu
-            data = json.dumps(message).replace('"', "'")
-        rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        assert self._connection.sendmsg([data.encode()], rights) == len(data)
-        while "event" in (reply := self._read()):
-            pass
-        if self._numbered:
-            assert reply["id"] == self._last_id
-        return reply.get("return")
-
-    def poll(self, command: str) -> Any:
-        """Ask, and forget it: how often one has to, and what is said then, differ."""
-        seen, last_id = list(self.seen), self._last_id
-        reply = self.ask(command)
-        self.seen, self._last_id = seen, last_id
-        return reply
-
-    def wait_for(self, event: str) -> None:
-        """Wait for an event that comes some time before or after the reply, and forget when."""
-        while not (found := [line for line in self.seen if f'"event": "{event}"' in line]):
-            self._read()
-        self.seen = [line for line in self.seen if line not in found]
-
-    def read_to_end(self) -> None:
-        """Read until QEMU closes the connection."""
-        while line := self._reader.readline():
-            self.seen.append(line.decode())
-
-    def _read(self) -> dict[str, Any]:
-        line = self._reader.readline()
-        assert line.endswith(b"\n"), line
-        self.seen.append(line.decode())
-        found = json.loads(line)
-        assert isinstance(found, dict)
-        return found
-
-
-def start_for_lxd(words: Sequence[str], folder: Path) -> int:
-    """Start QEMU as LXD does, return its pid: it is ready when the started process has ended."""
-    conf, pid_file = folder / "qemu.conf", folder / "qemu.pid"
-    conf.write_text(LXD_CONF.format(folder=folder))
-    conf.chmod(0o640)
-    files = ["-readconfig", str(conf), "-pidfile", str(pid_file), "-D", str(folder / "qemu.log")]
-    early_log = folder / "qemu.early.log"
-    with early_log.open("wb") as log:
-        done = subprocess.run(
-            [*words, *LXD_OPTIONS, *files],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            timeout=LIMIT_S,
-        )
-    assert done.returncode == 0, early_log.read_text()
-    return int(pid_file.read_text())
-
-
-@contextlib.contextmanager
-def connected_as_lxd(folder: Path, *, numbered: bool) -> Iterator[LxdClient]:
-    """Connect once, without waiting."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(folder / "qemu.monitor"))
-        client = LxdClient(connection, folder, numbered=numbered)
-        with contextlib.closing(client):
-            yield client
-
-
-@contextlib.contextmanager
-def nic_fd() -> Iterator[tuple[str, int]]:
-    """Give a netdev type and an fd for it: a tap where we may make one, else a socket."""
-    with contextlib.ExitStack() as stack:
-        try:
-            fd = os.open("/dev/net/tun", os.O_RDWR)
-            stack.callback(os.close, fd)
-            fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"lxdtest%d", IFF_TAP | IFF_NO_PI))
-        except OSError:
-            pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-            stack.enter_context(pair[0])
-            stack.enter_context(pair[1])
-            yield "socket", pair[1].fileno()
-        else:
-            yield "tap", fd
-
-
-@pytest.mark.parametrize("numbered", [False, True], ids=["single quotes", "numeric ids"])
-def test_lxd_boots_a_vm_uses_it_and_stops_it(compare: Compare, numbered: bool) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lxd_boots_a_vm_uses_it_and_stops_it(compare: Compare, shape: Shape) -> None:
     def run(words: Sequence[str], folder: Path) -> list[Any]:
-        pid = start_for_lxd(words, folder)
-        try:
-            return lxd_dialogue(folder, pid, numbered=numbered)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: not is_alive(pid), "QEMU's end")
+        with Instance(shape, words, folder) as vm:
+            vm.start()
+            return lxd_dialogue(vm)
 
     compare(run)
 
 
-def lxd_dialogue(folder: Path, pid: int, *, numbered: bool) -> list[str]:
-    with connected_as_lxd(folder, numbered=numbered) as client:
-        boot_as_lxd(client, folder, pid)
+def lxd_dialogue(vm: Instance) -> list[str]:
+    with vm.connected() as client:
+        boot_as_lxd(client, vm.path, vm.find_pid())
         seen = list(client.seen)
-    with connected_as_lxd(folder, numbered=numbered) as client:  # LXD has been started anew
+    with vm.connected() as client:  # LXD has been started anew
         kept = {fd["opaque"] for fdset in client.ask("query-fdsets") for fd in fdset["fds"]}
         assert {"rdwr:lxd_root", "rdonly:lxd_cd"} <= kept
         work_as_lxd(client)
         seen += client.seen
-    with connected_as_lxd(folder, numbered=numbered) as client:
+    with vm.connected() as client:
         client.ask("query-status")
         client.ask("quit")
         client.read_to_end()
-        assert any('"event": "SHUTDOWN"' in line for line in client.seen)
+        assert [event["event"] for event in client.events()] == ["SHUTDOWN"]
         seen += client.seen
-    wait_until(lambda: not is_alive(pid), "QEMU's end", 5)
-    wait_until(lambda: not (folder / "qemu.pid").exists(), "the end of the pidfile", 5)
+    vm.wait_gone()
     return seen
-
-
-def boot_as_lxd(client: LxdClient, folder: Path, pid: int) -> None:
-    """contracts/lxd.md 2.2."""
-    client.ask("query-version")
-    for _ in range(3):
-        client.ask("ringbuf-read", device="qemu_serial-chardev", size=16, format="utf8")
-    slots = [slot for slot in client.ask("query-hotpluggable-cpus") if "qom-path" not in slot]
-    client.ask("device_add", driver=slots[0]["type"], id="cpu1", **slots[0]["props"])
-    threads = {cpu["thread-id"] for cpu in client.ask("query-cpus-fast")}
-    assert len(threads) == 2
-    assert threads <= {int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()}
-    for thread in threads:
-        os.sched_setaffinity(thread, {0})
-    with image_fd(folder, "root.img") as fd:
-        add_disk(client, fd, "lxd_root", "rdwr", read_only=False)
-    with image_fd(folder, "cd.iso", os.O_RDONLY) as fd:
-        add_disk(client, fd, "lxd_cd", "rdonly", read_only=True)
-    client.ask("block_set_io_throttle", id="dev-lxd_root", bps=0, bps_rd=1000, bps_wr=0, iops=0, iops_rd=0, iops_wr=0)
-    with nic_fd() as (kind, fd):
-        client.ask("getfd", fd, fdname="/dev/net/tun.0")
-        fds = {"fds": "/dev/net/tun.0", "vhost": False} if kind == "tap" else {"fd": "/dev/net/tun.0"}
-        assert client.ask("netdev_add", id="lxd_eth0", type=kind, **fds) == {}
-    nic = {"driver": "virtio-net-pci", "bus": "qemu_pcie1", "addr": "00.0", "mac": "00:16:3e:00:00:01"}
-    client.ask("device_add", id="dev-lxd_eth0", netdev="lxd_eth0", **nic)
-    ours, theirs = socket.socketpair()
-    with ours:
-        path = str(folder / "virtiofs.sock")
-        with theirs:
-            client.ask("getfd", theirs.fileno(), fdname=path)
-        backend = {"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": path}}, "server": False}}
-        assert client.ask("chardev-add", id="lxd_share", backend=backend) is not None
-        client.ask("chardev-remove", id="lxd_share")
-        assert ours.recv(1) == b""
-    client.ask("closefd", fdname="/dev/net/tun.0")
-    client.ask("query-fdsets")
-    client.ask("system_reset")
-    assert client.ask("set-action", shutdown="poweroff", reboot="shutdown", panic="pause") == {}
-
-
-def add_disk(client: LxdClient, fd: int, name: str, access: str, *, read_only: bool) -> None:
-    found = client.ask("add-fd", fd, opaque=f"{access}:{name}")
-    node = {"driver": "file", "node-name": name, "filename": f"/dev/fdset/{found['fdset-id']}", "read-only": read_only}
-    cache = {"direct": False, "no-flush": False}
-    assert client.ask("blockdev-add", aio="threads", cache=cache, discard="unmap", locking="off", **node) == {}
-    kind = "scsi-cd" if read_only else "scsi-hd"
-    assert client.ask("device_add", id=f"dev-{name}", driver=kind, drive=name, bus="qemu_scsi.0") == {}
-
-
-def work_as_lxd(client: LxdClient) -> None:
-    """contracts/lxd.md 2.3, after a new connection to the VM that waits."""
-    assert client.ask("cont") == {}
-    client.ask("query-status")
-    client.ask("query-blockstats")
-    client.ask("device_del", id="dev-lxd_cd")  # nobody answers in the guest, which scsi does not mind
-    client.wait_for("DEVICE_DELETED")
-    client.ask("blockdev-del", **{"node-name": "lxd_cd"})
-    remove_fd(client, "rdonly:lxd_cd")
-    client.ask("blockdev-del", **{"node-name": "no such node"})
-    client.ask("blockdev-add", driver="file", filename="/dev/fdset/77", **{"node-name": "a"})
-    client.ask("getfd", fdname="without")
-    client.ask("add-fd", opaque="rdwr:without")
-    client.ask("ringbuf-read", device="qemu_serial-chardev", size=16, format="utf8")
-    client.ask("stop")
-    migrate_to_pipe(client)
-
-
-def remove_fd(client: LxdClient, opaque: str) -> None:
-    for fdset in client.ask("query-fdsets"):
-        if any(fd.get("opaque") == opaque for fd in fdset["fds"]):
-            client.ask("remove-fd", **{"fdset-id": fdset["fdset-id"]})
-    assert opaque not in str(client.ask("query-fdsets"))
-
-
-def migrate_to_pipe(client: LxdClient) -> None:
-    """Save the VM's state as a stateful stop does."""
-    read, write = os.pipe()
-    received: list[int] = []
-
-    def drain() -> None:
-        while data := os.read(read, 1 << 20):
-            received.append(len(data))
-
-    reader = threading.Thread(target=drain)
-    reader.start()
-    try:
-        try:
-            client.ask("getfd", write, fdname="migration")
-        finally:
-            os.close(write)
-        assert client.ask("migrate", uri="fd:migration") == {}
-        wait_until(lambda: client.poll("query-migrate")["status"] in ("completed", "failed"), "the end of the migration", LIMIT_S)
-        assert client.poll("query-migrate")["status"] == "completed"
-    finally:
-        reader.join(LIMIT_S)
-        os.close(read)
-    assert sum(received) > 1000
-    client.ask("query-status")
-
-
-def test_lxd_checks_what_qemu_can(compare: Compare) -> None:
-    """contracts/lxd.md 1.7: at its start, with a regular file where the monitor shall be, and a disk that is root's alone."""
-
-    def run(words: Sequence[str], folder: Path) -> list[Any]:
-        (folder / "qemu.monitor").write_bytes(b"")
-        firmware = folder / "firmware"
-        firmware.write_bytes(bytes(IMAGE_SIZE))
-        image = folder / "image"
-        image.write_bytes(bytes(IMAGE_SIZE))
-        image.chmod(0o600)
-        options = ["-S", "-nographic", "-nodefaults", "-no-user-config", "-machine", "q35"]
-        options += ["-chardev", f"socket,id=monitor,path={folder / 'qemu.monitor'},server=on,wait=off"]
-        options += ["-mon", "chardev=monitor,mode=control", "-drive", f"if=pflash,format=raw,readonly=on,file={firmware}"]
-        with started([*words, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            with connected(folder / "qemu.monitor") as connection:
-                client = LxdClient(connection, folder, numbered=True)
-                with contextlib.closing(client):
-                    node = {"node-name": "feature-check", "filename": str(image)}
-                    for aio in ("io_uring", "threads"):
-                        client.ask("blockdev-add", driver="file", aio=aio, **node)
-                        client.ask("query-named-block-nodes")
-                        client.ask("blockdev-del", **{"node-name": "feature-check"})
-                    client.ask("query-hotpluggable-cpus")
-                    client.ask("query-sev-capabilities")
-                    assert process.poll() is None
-                    process.kill()
-                    client.read_to_end()
-            assert process.stdout
-            assert process.stderr
-            return [*client.seen, process.stdout.read().decode(), process.stderr.read().decode(), process.wait(LIMIT_S)]
-
-    compare(run)
