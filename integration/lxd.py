@@ -81,7 +81,7 @@ class Instance:
         memlock: bool = True,
         run_with: bool = False,
     ) -> None:
-        """Make the instance's folders, which are root's alone.
+        """Make the instance's folders; in that of devices a helper looks in its own user namespace.
 
         Args:
             shape: LXD's version.
@@ -99,8 +99,8 @@ class Instance:
         self._program, self._words = shutil.which(words[0]), words[1:]
         self._accel, self._virtiofs, self._memlock = accel, virtiofs, memlock and may_raise_limits()
         self.logs, self.path, self.devices = (folder / part / name for part in ("logs", "virtual-machines", "devices"))
-        for made in (self.logs, self.path, self.devices):
-            made.mkdir(parents=True, mode=0o700)
+        for made, mode in ((self.logs, 0o700), (self.path, 0o700), (self.devices, 0o711)):
+            made.mkdir(parents=True, mode=mode)
         self._run_with = run_with
         self.monitor, self.pid_file = self.logs / "qemu.monitor", self.logs / "qemu.pid"
         self.user = pwd.getpwnam(UNPRIVILEGED)

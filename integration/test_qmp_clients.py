@@ -340,7 +340,6 @@ def test_a_state_arrives_on_an_inherited_fd_that_only_a_command_names(compare: C
 
 
 # --- LXD --------------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_lxd_boots_a_vm_uses_it_and_stops_it(compare: Compare, shape: Shape) -> None:
     def run(words: Sequence[str], folder: Path) -> list[Any]:

@@ -5,6 +5,7 @@ import stat
 
 from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.errors import ResourceError
+from qemu_userns.host.paths import find_fd
 from qemu_userns.host.realpath import Parent, check_inode, is_trusted, open_real
 from qemu_userns.plan.grants import CONNECT, FD, LISTEN, STDIO, Connect, Display, Listen, Monitor, QmpSocket
 
@@ -117,7 +118,8 @@ def _address(parent: Parent, path: str, given: str, privileged: bool) -> str:
 def _connect(grant: Connect, opened: "Opened") -> None:
     """Connect to a socket that QEMU's id may not connect to."""
     socket = _new_socket()
-    place = open_real(grant.path, os.O_PATH | os.O_NOFOLLOW)
+    number = find_fd(grant.path)
+    place = open_real(grant.path, os.O_PATH | os.O_NOFOLLOW) if number is None else os.dup(number)
     check_inode(os.fstat(place), grant.inode, grant.path)
     socket.connect(f"/proc/self/fd/{place}")
     os.close(place)

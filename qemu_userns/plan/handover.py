@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import CommandLine
     from qemu_userns.plan.draft import Draft
+    from qemu_userns.plan.facts import PathFact
 
     Handover = Callable[[Draft, Need, CommandLine], None]
+
+
 
 def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Add what one need takes."""
@@ -37,7 +40,9 @@ def _reopen_fd(draft: "Draft", need: "Need", number: int, commandline: "CommandL
     fact = draft.path(need.path)
     if need.way == ways.SHARE:
         shares.keep_fd(draft, need, fact)
-    if fact.kind != REGULAR or draft.may(fact, READ):
+    if fact.kind == SOCKET and need.way == ways.SOCKET and not need.listens and not draft.may(fact, WRITE):
+        _connect(draft, need, fact)  # connect(2) by an O_PATH fd takes the same rights as by the path
+    elif fact.kind != REGULAR or draft.may(fact, READ):
         draft.keep_fd(number, need.describe(), reopened=True)
     elif need.way == ways.IMAGE:
         images.hand_over(draft, need, commandline)
@@ -190,16 +195,22 @@ def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
             draft.bind(directory, False, need.describe())
     elif fact.kind == SOCKET and draft.may(fact, WRITE):
         draft.bind(fact, True, need.describe())
-    elif fact.kind == SOCKET and draft.caller_may(fact, WRITE) and draft.takes_fd(need):
-        number = draft.next_fd()
-        draft.add(Connect(need.describe(), fact.real, number, fact.inode))
-        draft.pass_socket(need, number)
     elif fact.kind == SOCKET:
-        draft.refuse_access(need, "connect to it")
+        _connect(draft, need, fact)
     elif fact.kind == ABSENT and fact.error in (None, MISSING):
         draft.way_to(fact, need.describe())  # QEMU says that nobody is there
     elif fact.error is not None:
         draft.refuse(f"{need.describe()} {need.path}", fact.error)
+
+
+def _connect(draft: "Draft", need: "Need", fact: "PathFact") -> None:
+    """Connect outside to a socket that QEMU may not connect to."""
+    if draft.caller_may(fact, WRITE) and draft.takes_fd(need):
+        number = draft.next_fd()
+        draft.add(Connect(need.describe(), fact.real, number, fact.inode))
+        draft.pass_socket(need, number)
+    else:
+        draft.refuse_access(need, "connect to it")
 
 
 def _listen(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:

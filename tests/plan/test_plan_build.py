@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 from typing import TYPE_CHECKING
 
 import pytest
 
 from qemu_userns.plan.build import Settings
 from qemu_userns.plan.draft import LOWEST_OWN_FD
-from qemu_userns.plan.facts import ImageFact
+from qemu_userns.plan.facts import SOCKET, ImageFact, PathFact
 from qemu_userns.plan.grants import Bind, Copy, Monitor, OpenFd, Private, Refuse, Reserved
 from qemu_userns.plan.plan import READ_ONLY_HOST, WHOLE_HOST
 from tests.plans import LEASED, asked_for, plan_of
@@ -126,6 +127,16 @@ def test_a_root_owned_socket_is_connected_outside() -> None:
     assert words(*argv) == list(argv)
     assert asked_for(plan_of(*argv, root=True)) == ["connect /x/sock-root"]
     assert words(*argv, root=True)[:2] == ["-chardev", "socket,id=c,fd=301"]
+
+
+@pytest.mark.parametrize(("mode", "connected"), [(0o755, True), (0o777, False)])
+def test_a_socket_by_an_fd_is_connected_to_with_the_callers_rights(mode: int, connected: bool) -> None:
+    """LXD names virtiofsd's so, by an O_PATH fd: QEMU would need the right to write the socket."""
+    fact = PathFact("/dev/fd/7", "/proc/self/fd/7", SOCKET, mode=stat.S_IFSOCK | mode, readable=True, writable=True, fd=7)
+    argv = ("-chardev", "socket,id=c,path=/dev/fd/7")
+    plan = plan_of(*argv, root=True, paths={"/dev/fd/7": fact}, fds=(7,))
+    assert asked_for(plan) == (["connect /proc/self/fd/7"] if connected else ["fd 7 reopened"])
+    assert f"socket,id=c,{'fd=301' if connected else 'path=/dev/fd/7'}" in plan.words
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
