@@ -106,7 +106,6 @@ class Instance:
         self.user = pwd.getpwnam(UNPRIVILEGED)
         self.helpers: list[Helper] = []
         self._fds: list[int] = []
-        self._mounted: list[Path] = []
         self._running = contextlib.ExitStack()
         self._make_config_drive()
         self.settings = self._own(self.path / "qemu.nvram")
@@ -240,7 +239,6 @@ class Instance:
         place = self.devices / name
         place.mkdir()
         subprocess.run(["mount", "--bind", *(["-o", "ro"] if readonly else []), source, place], check=True)
-        self._mounted.append(place)
         return place
 
     def _serve(self, source: Path) -> str:
@@ -336,8 +334,7 @@ class Instance:
             path.unlink(missing_ok=True)
         self.helpers.clear()
         self._running.close()
-        while self._mounted:
-            place = self._mounted.pop()
+        for place in self.devices.iterdir():
             try_unmount(place)
             place.rmdir()
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     Handover = Callable[[Draft, Need, CommandLine], None]
 
 
-
 def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Add what one need takes."""
     if need.way in _PATH_WAYS:

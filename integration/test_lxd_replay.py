@@ -1,0 +1,370 @@
+"""LXD's part replayed without a guest: its checks at the start, failures, restarts, and whatever else it lives with.
+
+contracts/lxd.md, points 1, 5 to 7, 9, 10, 19, 20, 23 to 27, 29 and 30 of its checklist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from integration.lxd import FIRMWARE, Instance, LxdError
+from integration.lxd_client import IMAGE_SIZE, LxdClient
+from integration.lxd_conf import SHAPES, Shape
+from integration.talk import DEADLINE_S, PLAIN, UUID, connected, fds_of, is_alive, started, supervisor_of, wait_until, words_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.dropin, pytest.mark.newuidmap]
+
+OLD, NEW = SHAPES[0], SHAPES[-1]
+CHECK_S = 5.0
+STALL_S = 3.0
+VERSION_S = 1.0
+AT_ONCE = 10
+
+
+def uuid_of(number: int) -> str:
+    return f"{UUID[:-2]}{number:02}"
+
+
+# --- LXD starts (1.7) -------------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_qemus_own(dropin: list[str]) -> None:
+    began = time.monotonic()
+    ours, plain = (subprocess.run([*words, "--version"], capture_output=True, check=True) for words in (dropin, PLAIN))
+    assert (ours.stdout, ours.stderr) == (plain.stdout, b"")
+    assert ours.stdout.split()[3][:1].isdigit()
+    assert time.monotonic() - began < 2 * VERSION_S
+
+
+@pytest.mark.parametrize("shape", [OLD, NEW], ids=str)
+def test_lxd_checks_what_qemu_can(dropin: list[str], shared_tmp: Path, shape: Shape) -> None:
+    """A regular file is where the monitor shall be, the disk is its owner's alone; LXD waits five seconds, and kills."""
+    monitor, image = shared_tmp / "monitor", shared_tmp / "image"
+    monitor.write_bytes(b"")
+    image.write_bytes(bytes(IMAGE_SIZE))
+    image.chmod(0o600)
+    options = [
+        "-S",
+        "-nographic",
+        "-nodefaults",
+        "-no-user-config",
+        "-chardev",
+        f"socket,id=monitor,path={monitor},server=on,wait=off",
+    ]
+    options += ["-mon", "chardev=monitor,mode=control", "-machine", "q35"]
+    flash = ["-drive", f"if=pflash,format=raw,readonly=on,file={FIRMWARE}"]
+    options += ["-accel", "tcg", *flash] if shape.accel_checked else ["-bios", str(FIRMWARE)]
+    replies = {}
+    for name, words in (("plain", PLAIN), ("dropin", dropin)):
+        began = time.monotonic()
+        with started([*words, *options]) as process, connected_socket(monitor) as connection:
+            client = LxdClient(connection, shape)
+            with contextlib.closing(client):
+                node = {"node-name": "feature-check", "filename": str(image)}
+                added = client.ask("blockdev-add", driver="file", aio="io_uring", **node)
+                taken = time.monotonic() - began
+                cpus = client.ask("query-hotpluggable-cpus")
+                sev = client.reply("query-sev-capabilities")["error"]
+                replies[name] = (added, cpus, sev)
+                process.kill()
+                with contextlib.suppress(ConnectionResetError):
+                    client.read_to_end()
+            assert process.wait(DEADLINE_S) == -signal.SIGKILL
+        assert taken < CHECK_S
+        monitor.unlink(missing_ok=True)
+        monitor.write_bytes(b"")
+    assert replies["dropin"] == replies["plain"]
+
+
+@contextlib.contextmanager
+def connected_socket(path: Path) -> Iterator[socket.socket]:
+    """Connect as soon as there is a socket in place of the regular file."""
+    wait_until(path.is_socket, f"the socket {path}")
+    with connected(path) as connection:
+        yield connection
+
+
+# --- a VM starts, or does not -----------------------------------------------------------------------------------------
+
+
+def test_all_sockets_take_connections_when_the_start_has_succeeded(dropin: list[str], shared_tmp: Path) -> None:
+    with Instance(NEW, dropin, shared_tmp) as vm:
+        pid = vm.start()
+        for name in ("monitor", "console", "spice"):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(vm.logs / f"qemu.{name}"))  # at once: no retry
+        assert vm.logs.joinpath("qemu.log").read_text() == ""
+        assert vm.early_log() == ""
+        assert [int(entry) for entry in os.listdir("/proc") if entry.isdecimal() and has_uuid(entry, vm)] == [pid]
+
+
+def has_uuid(entry: str, vm: Instance) -> bool:
+    with contextlib.suppress(OSError):
+        return vm.uuid.encode() in Path(f"/proc/{entry}/cmdline").read_bytes()
+    return False
+
+
+@pytest.mark.parametrize("raw", [("-device", "nosuch"), ("-drive", "file=/nonexistent"), ("-nosuch",)], ids=" ".join)
+def test_a_start_that_fails_says_why_and_leaves_nothing(dropin: list[str], shared_tmp: Path, raw: tuple[str, ...]) -> None:
+    said = {}
+    for name, words in (("plain", PLAIN), ("dropin", dropin)):
+        with Instance(NEW, words, shared_tmp / name) as vm:
+            with pytest.raises(LxdError, match="Failed running: "):
+                vm.start(*raw)
+            log = vm.logs / "qemu.log"  # QEMU's stderr from where it has opened it
+            said[name] = vm.early_log() + (log.read_text() if log.exists() else "")
+            wait_until(lambda vm=vm: vm.processes() == [], "the end of its processes")  # type: ignore[misc]
+            left = {path.name for path in vm.logs.iterdir()} - {"qemu.conf", "qemu.early.log", "qemu.log", "edk2.log"}
+            assert name == "plain" or left == set()
+            assert vm.status() == "STOPPED"
+    assert said["dropin"] == said["plain"] != "" or said["dropin"].startswith("qemu-userns: ")
+
+
+def test_our_own_words_are_in_the_early_log_and_have_a_prefix(dropin: list[str], shared_tmp: Path) -> None:
+    with Instance(NEW, dropin, shared_tmp) as vm:
+        with pytest.raises(LxdError):
+            vm.start("-fsdev", f"local,id=x,security_model=none,path={shared_tmp}/nonexistent")
+        error, *hints = vm.early_log().splitlines()
+        assert error.startswith("qemu-userns: -fsdev path ")
+        assert all(line.startswith("hint: ") for line in hints)
+
+
+def test_a_snaps_environment(dropin: list[str], shared_tmp: Path) -> None:
+    """Its HOME, and search paths on which somebody else's modules and libraries are."""
+    foreign = shared_tmp / "foreign"
+    foreign.mkdir()
+    for module in ("os", "site", "sitecustomize", "encodings", "qemu_userns"):
+        (foreign / f"{module}.py").write_text("raise SystemExit('not this one')\n")
+    for library in ("libpython3.so", "libpixman-1.so.0"):
+        (foreign / library).write_bytes(b"no library")
+    env = {"HOME": "/tmp", "PYTHONPATH": str(foreign), "PYTHONHOME": "", "PYTHONSTARTUP": "/x", "SNAP": "/snap/lxd/current"}
+    with Instance(NEW, dropin, shared_tmp) as vm:
+        pid = vm.start(env={**env, "LD_LIBRARY_PATH": f"{shared_tmp}/none:/usr/lib/x86_64-linux-gnu"})
+        kept = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        assert f"PYTHONPATH={foreign}" in kept
+        with vm.connected() as client:
+            assert client.ask("query-status")["status"] == "prelaunch"
+
+
+# --- names and numbers ------------------------------------------------------------------------------------------------
+
+
+def test_names_with_blanks_and_long_paths(dropin: list[str], shared_tmp: Path) -> None:
+    """A disk and a config drive far down; sockets cannot have such paths."""
+    with Instance(NEW, dropin, shared_tmp, name="a  b") as vm:
+        deep = vm.path / ("x" * 100) / "y z"
+        deep.mkdir(parents=True)
+        image = deep / "root, of.img"
+        image.write_bytes(bytes(IMAGE_SIZE))
+        image.chmod(0o666)
+        pid = vm.start("-fsdev", f"local,id=x,security_model=none,path={quoted(deep)}")
+        with vm.connected() as client:
+            assert client.ask("query-name") == {"name": "a  b"}
+            found = client.reply("blockdev-add", driver="file", filename=str(image), **{"node-name": "deep"})
+            assert found["return"] == {}
+        assert vm.find_pid() == pid
+
+
+def quoted(path: Path) -> str:
+    return str(path).replace(",", ",,")
+
+
+def test_ten_start_at_the_same_time(dropin: list[str], shared_tmp: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        vms = [
+            stack.enter_context(Instance(NEW, dropin, shared_tmp, name=f"v{number}", uuid=uuid_of(number)))
+            for number in range(AT_ONCE)
+        ]
+        pids: dict[str, int] = {}
+
+        def start(vm: Instance) -> None:
+            pids[vm.name] = vm.start()
+
+        threads = [threading.Thread(target=start, args=(vm,)) for vm in vms]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE_S * 2)
+        assert len(set(pids.values())) == AT_ONCE
+        for vm in vms:
+            with vm.connected() as client:
+                assert client.ask("query-name") == {"name": vm.name}
+                assert client.ask("query-uuid") == {"UUID": vm.uuid}
+
+
+# --- while it runs ----------------------------------------------------------------------------------------------------
+
+
+def test_it_outlives_lxd(dropin: list[str], shared_tmp: Path) -> None:
+    """LXD is killed with everything in its process group; a new one finds the VM."""
+    with Instance(NEW, dropin, shared_tmp) as vm:
+        lxd = os.fork()
+        if lxd == 0:
+            with contextlib.suppress(BaseException):
+                os.setpgid(0, 0)
+                vm.start()
+                signal.pause()
+            os._exit(1)
+        try:
+            wait_until(lambda: vm.status() == "RUNNING", "the VM")
+            pid = vm.find_pid()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(lxd, signal.SIGKILL)
+            os.waitpid(lxd, 0)
+        supervisor = supervisor_of(pid)
+        assert all(os.getsid(other) not in (os.getsid(0), lxd) for other in (pid, supervisor))
+        with vm.connected() as client:
+            assert client.ask("query-status")["status"] == "prelaunch"
+        mine = {os.readlink(f"/proc/self/fd/{fd}") for fd in fds_of(os.getpid())} - {"/dev/null"}
+        assert not {target for target in fds_of(supervisor).values() if target.startswith("pipe:")} & mine
+
+
+@pytest.mark.parametrize("shape", [OLD, NEW], ids=str)
+def test_a_qemu_that_stalls_is_waited_for(dropin: list[str], shared_tmp: Path, shape: Shape) -> None:
+    """For as long as three seconds; another client is served after that too, and more than 64 KiB arrive in one piece."""
+    with Instance(shape, dropin, shared_tmp) as vm:
+        pid = vm.start()
+        with vm.connected() as client:
+            os.kill(pid, signal.SIGSTOP)
+            began = time.monotonic()
+            timer = threading.Timer(STALL_S, os.kill, (pid, signal.SIGCONT))
+            timer.start()
+            try:
+                assert client.ask("query-status")["status"] == "prelaunch"
+                assert time.monotonic() - began >= STALL_S - 0.1
+                with vm.connected() as other:
+                    assert len(str(other.ask("query-qmp-schema"))) > 1 << 16
+                client.send("query-qmp-schema")
+                time.sleep(STALL_S)  # in which nobody reads
+                with vm.connected() as other:
+                    assert other.ask("query-status")["status"] == "prelaunch"
+                assert len(str(client.read_reply())) > 1 << 16
+            finally:
+                timer.join()
+        with vm.connected() as client:
+            assert client.ask("query-status")["status"] == "prelaunch"
+
+
+@pytest.mark.parametrize("shape", [OLD, NEW], ids=str)
+def test_what_cannot_be_plugged_is_an_error_of_qmp(dropin: list[str], shared_tmp: Path, shape: Shape) -> None:
+    fdset: dict[str, object] = {"driver": "usb-host", "id": "usb", "bus": "qemu_usb.0", "hostdevice": "/dev/fdset/99"}
+    rbd: dict[str, object] = {"driver": "rbd", "node-name": "r", "pool": "p", "image": "i", "conf": "/etc/ceph/none.conf"}
+    wanted: list[tuple[str, dict[str, object]]] = [
+        ("device_add", {"driver": "vfio-pci", "id": "pci", "bus": "qemu_pcie11", "host": "0000:ff:1f.7"}),
+        ("device_add", fdset),
+        ("netdev_add", {"type": "tap", "id": "n", "fds": "none", "vhost": True, "vhostfds": "none"}),
+        ("netdev_add", {"type": "vhost-vdpa", "id": "n", "vhostfd": "none"}),
+        ("chardev-add", {"id": "c", "backend": fd_backend("none")}),
+        ("blockdev-add", {"driver": "file", "filename": "/dev/fdset/99", "node-name": "f"}),
+        ("blockdev-add", {"driver": "file", "filename": f"{shared_tmp}/none", "node-name": "f"}),
+        ("blockdev-add", rbd),
+        ("migrate", {"uri": "fd:none"}),
+        ("getfd", {"fdname": "none"}),
+    ]
+    with Instance(shape, dropin, shared_tmp) as vm:
+        vm.start()
+        with vm.connected() as client:
+            for command, arguments in wanted:
+                error = client.reply(command, **arguments)["error"]
+                assert set(error) == {"class", "desc"}, error
+                assert error["desc"]
+            assert client.ask("query-status")["status"] == "prelaunch"
+
+
+def fd_backend(name: str) -> dict[str, object]:
+    return {"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": name}}, "server": False}}
+
+
+def test_a_live_migration_server_has_an_abstract_address(dropin: list[str], shared_tmp: Path) -> None:
+    """LXD dials it: QEMU is in the same network namespace, and what it serves is reachable."""
+    name = f"lxd-test-{os.getpid()}"
+    address = {"type": "unix", "data": {"path": name, "abstract": True}}
+    with Instance(NEW, dropin, shared_tmp) as vm:
+        vm.start()
+        with vm.connected() as client:
+            assert client.ask("nbd-server-start", addr=address) == {}
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(f"\0{name}")
+                assert connection.recv(8) == b"NBDMAGIC"
+            assert client.ask("nbd-server-stop") == {}
+
+
+def test_a_monitor_that_is_removed(dropin: list[str], shared_tmp: Path) -> None:
+    """The VM goes on, LXD shows an error, and a forced stop ends it."""
+    with Instance(NEW, dropin, shared_tmp) as vm:
+        pid = vm.start()
+        vm.monitor.unlink()
+        assert vm.status() == "ERROR"
+        assert is_alive(pid)
+        supervisor = supervisor_of(pid)
+        vm.kill()
+        wait_until(lambda: not os.path.exists(f"/proc/{supervisor}"), "the supervisor's end")
+        assert vm.status() == "STOPPED"
+
+
+# --- its end, and again -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [OLD, NEW], ids=str)
+def test_started_again_and_again_on_the_same_paths(dropin: list[str], shared_tmp: Path, shape: Shape) -> None:
+    """Killed and ended in turn, each time started again as soon as LXD sees that the pid is gone."""
+    supervisors = []
+    with Instance(shape, dropin, shared_tmp) as vm:
+        for number in range(6):
+            pid = vm.start()
+            supervisors.append(supervisor_of(pid))
+            with vm.connected() as client:
+                assert client.ask("query-status")["status"] == "prelaunch"
+                if number % 2:
+                    client.ask("quit")
+                    client.read_to_end()
+                    assert client.events()[-1]["event"] == "SHUTDOWN"
+                else:
+                    os.kill(pid, signal.SIGKILL)
+            vm.wait_gone()
+            assert vm.processes() == []
+        vm.start()
+        for old in supervisors:
+            wait_until(lambda old=old: not os.path.exists(f"/proc/{old}"), "the old supervisors' end")  # type: ignore[misc]
+        for name in ("monitor", "console", "spice"):
+            with socket.socket(socket.AF_UNIX) as client_socket:
+                client_socket.connect(str(vm.logs / f"qemu.{name}"))
+        assert vm.status() == "RUNNING"
+        assert (vm.logs / "qemu.log.old").exists()
+
+
+# --- the way out ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+def test_switched_off_it_is_plain_qemu_to_the_bit(dropin: list[str], shared_tmp: Path) -> None:
+    seen = []
+    for name, words in (("plain", PLAIN), ("dropin", dropin)):
+        with Instance(OLD, words, shared_tmp / name) as vm:
+            pid = vm.start(env={"QEMU_USERNS": "off"})
+            argv = [word.replace(str(shared_tmp / name), "FOLDER") for word in words_of(pid)]
+            fds = {fd: kind_of(target, shared_tmp / name) for fd, target in fds_of(pid).items()}
+            environ = set(Path(f"/proc/{pid}/environ").read_text().split("\0")) - {"QEMU_USERNS=off"}
+            namespaces = {kind: os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("user", "mnt", "net", "pid", "ipc")}
+            assert vm.processes() != []
+            seen.append((os.readlink(f"/proc/{pid}/exe"), [os.path.basename(argv[0]), *argv[1:]], fds, environ, namespaces))
+    assert seen[0] == seen[1]
+
+
+def kind_of(target: str, folder: Path) -> str:
+    """Return what an fd is open on; sockets and pipes have other numbers each time."""
+    return target.partition("[")[0].replace(str(folder), "FOLDER")
