@@ -1,17 +1,18 @@
-"""New file systems of every kind for root's tests: in an image, in memory, or over a folder."""
+"""File systems that tests mount, for root."""
 
 from __future__ import annotations
 
 import contextlib
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from integration.talk import unmount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
+MAPPABLE = ("tmpfs", "ext4", "xfs", "btrfs")
 SIZE_MIB = {"ext4": 16, "xfs": 300, "btrfs": 120}  # the smallest that mkfs makes
 
 

@@ -105,6 +105,11 @@ def fsdev(tag: str, path: Path | str, model: str, more: str = "", device: str = 
     return ["-fsdev", value, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}{device}"]
 
 
+def maps(tag: str, *lines: str) -> list[str]:
+    """Return the option that gives a share its map."""
+    return ["-userns", ",".join(f"share.{tag}.idmap={line}" for line in lines)]
+
+
 def virtfs(tag: str, path: Path | str, model: str, more: str = "") -> list[str]:
     """Return the option of a share by -virtfs."""
     return ["-virtfs", f"local,path={path},mount_tag={tag},security_model={model}{more}"]

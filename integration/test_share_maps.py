@@ -13,8 +13,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from integration.file_systems import file_systems
-from integration.shares import Launch, SharedVm, dropin_words, fsdev, launches, module_folder, mount_options, shared_vm, tree
+from integration.file_systems import MAPPABLE, file_systems
+from integration.shares import (
+    Launch,
+    SharedVm,
+    dropin_words,
+    fsdev,
+    launches,
+    maps,
+    module_folder,
+    mount_options,
+    shared_vm,
+    tree,
+)
 from integration.vm import running_guest
 from tests.conftest import CHECKOUT
 
@@ -23,17 +34,11 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.qemu, pytest.mark.dropin, pytest.mark.newuidmap, pytest.mark.slow]
 
-MAPPABLE = ("tmpfs", "ext4", "xfs", "btrfs")
 NOT_MAPPABLE = ("ramfs", "overlay")
 MAP = ("both 65534 0", "both 1000-1999 1000-1999", "uid 5000 5", "gid 6000 5")
 """What LXD makes of raw.idmap, with host ids that are not the guest's."""
 OVERFLOW = 65534
 EXPLAIN = [str(CHECKOUT / ".venv/bin/qemu-userns"), "explain", "qemu-system-x86_64"]
-
-
-def maps(tag: str, *lines: str) -> list[str]:
-    """Return the option that gives a share its map."""
-    return ["-userns", ",".join(f"share.{tag}.idmap={line}" for line in lines)]
 
 
 def fill(share: Path, root: int = 65534) -> None:
