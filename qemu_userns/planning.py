@@ -39,6 +39,7 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
         start.share_maps,
         config.net,
         config.taps,
+        start.asked.added,
     )
     return build_plan(request.argv[0], commandline, needs, facts, start.identity, program, settings, start.lease is not None)
 

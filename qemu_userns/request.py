@@ -45,6 +45,7 @@ class Asked(Record):
     qemu: "QemuFacts"
     config: "Config"  # with what -userns says
     commandline: "CommandLine"
+    added: "tuple[str, ...]" = ()  # the last words of it, which the settings add
 
 
 class Start(Record):
@@ -88,17 +89,30 @@ def read_request(request: Request, config: "Config") -> Asked:
     qemu = probe_qemu(find_program(request, config), cache_dir(request.environ, os.geteuid()))
     commandline = read_commandline(request.argv[1:], qemu)
     ours = [(member.key, member.value) for obj in commandline.objects if obj.kind == "userns" for member in obj.members]
+    if ours:
+        changed = parse_userns_option(ours, config)
+        if changed.qemu != config.qemu:
+            qemu = probe_qemu(find_program(request, changed), cache_dir(request.environ, os.geteuid()))
+            commandline = read_commandline(request.argv[1:], qemu)
+        config = changed
+    added: "tuple[str, ...]" = ()
+    if config.shares and not config.off:
+        added = _find_added(config, commandline, qemu)
+        commandline = read_commandline((*request.argv[1:], *added), qemu)
     if any(key.startswith("share.") for key, _ in (*request.settings, *ours)):
         from qemu_userns.host.shares import check_names
 
         check_names((key for key, _ in (*request.settings, *ours)), commandline.objects)
-    if not ours:
-        return Asked(qemu, config, commandline)
-    changed = parse_userns_option(ours, config)
-    if changed.qemu != config.qemu:
-        qemu = probe_qemu(find_program(request, changed), cache_dir(request.environ, os.geteuid()))
-        commandline = read_commandline(request.argv[1:], qemu)
-    return Asked(qemu, changed, commandline)
+    return Asked(qemu, config, commandline, added)
+
+
+def _find_added(config: "Config", commandline: "CommandLine", qemu: "QemuFacts") -> "tuple[str, ...]":
+    """Return the words of the shares that the settings add; raises UsageError."""
+    from qemu_userns.host.settings_shares import check_shares
+    from qemu_userns.plan.added_shares import build_words
+
+    check_shares(config, commandline.objects)
+    return tuple(build_words(config.shares, commandline.objects, qemu.path))
 
 
 def find_start(asked: Asked, request: Request) -> Start:

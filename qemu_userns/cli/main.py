@@ -102,14 +102,19 @@ def parse_settings(words: "list[str]") -> "tuple[tuple[tuple[str, str], ...], tu
         UsageError: no program is named, or an option of ours is not --KEY=VALUE.
     """
     end = _find_program(words)
-    settings = []
+    settings: "list[tuple[str, str]]" = []
     for word in words[:end]:
         if word == "--":
             continue
         key, equals, value = word[2:].partition("=")
         if not equals:
             raise UsageError(word, "not understood", "our own options are --KEY=VALUE, before the name of QEMU")
-        settings.append((key, value))
+        if key == "share":
+            from qemu_userns.host.settings_shares import split_option
+
+            settings += split_option(value)
+        else:
+            settings.append((key, value))
     if end == len(words):
         raise UsageError("qemu-userns", "no QEMU is named", "qemu-userns run qemu-system-x86_64 ...")
     return tuple(settings), tuple(words[end:])

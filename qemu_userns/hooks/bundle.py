@@ -32,6 +32,7 @@ _GROUPS = (
     ("qemu_userns.host.settings",),
     ("qemu_userns.plan.displays",),
     ("qemu_userns.plan.idmaps", "qemu_userns.host.shares"),
+    ("qemu_userns.host.settings_shares",),
     ("qemu_userns.host.stand_ins",),
     ("qemu_userns.host.network",),
     ("qemu_userns.host.images",),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from qemu_userns.host.subids import IdMapEntry, IdRange
+    from qemu_userns.plan.added_shares import AddedShare
     from qemu_userns.plan.grants import TapSettings
     from qemu_userns.plan.idmaps import ShareMap
     from qemu_userns.plan.rights import MonitorRights, SocketRights
@@ -36,6 +37,7 @@ class Config(Record):
     monitors: "tuple[MonitorRights, ...]" = ()  # what clients of the command line's QMP monitors may do
     share_maps: "tuple[ShareMap, ...]" = ()  # id maps of single shares; the last one that names a share counts
     taps: "tuple[TapSettings, ...]" = ()  # of taps that are made for the VM, one for each name
+    shares: "tuple[AddedShare, ...]" = ()  # that are added to the command line
     passthrough: str = ""  # path of a socket of QEMU's own monitor; may hold %n, %u and %%
 
 
@@ -81,9 +83,9 @@ def parse_userns_option(pairs: "Iterable[tuple[str, str]]", config: Config, wher
     given = list(pairs)
     if not given:
         return config
-    from qemu_userns.host.settings import apply_settings, join_pairs
+    from qemu_userns.host.settings import apply_settings, expand_shares, join_pairs
 
-    return apply_settings(config, join_pairs(given), where)
+    return apply_settings(config, join_pairs(expand_shares(given, where)), where)
 
 
 def configured_qemu(config: Config, name: str) -> "str | None":

@@ -10,14 +10,13 @@ import stat
 from qemu_userns.errors import UsageError
 from qemu_userns.host import cache
 from qemu_userns.host.subids import IdRange, parse_idmap, parse_span
-from qemu_userns.plan.identity import CALLERS_NETWORK, NO_NETWORK, MapEntry
+from qemu_userns.plan.identity import CALLERS_NETWORK, NO_NETWORK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from qemu_userns.host.config import Config
-    from qemu_userns.plan.idmaps import ShareMap
 
 MAX_BYTES = 1 << 20
 MIN_POOL = 65536  # one lease
@@ -42,14 +41,14 @@ TYPES = {
 }
 ABOUT_MONITORS = ("qmp", "qmp.socket", "qmp.monitor", "passthrough")
 TAP = "tap."  # what a setting of a tap begins with
-SHARE_IDMAP = ("share.", ".idmap")  # what a setting with the name of a share between them begins and ends with
+SHARES = "share."  # what a setting of a share begins with, before its name
 
 
 def apply_settings(config: "Config", settings: "Mapping[str, list[str]]", where: str) -> "Config":
     """Return the settings with those of one place; raises UsageError."""
     changes: dict[str, object] = {}
     qemu = dict(config.qemu)
-    maps, taps = config.share_maps, config.taps
+    taps = config.taps
     for key, values in settings.items():
         what = f"{where}: {key}"
         if _names_qemu(key):
@@ -68,15 +67,17 @@ def apply_settings(config: "Config", settings: "Mapping[str, list[str]]", where:
             changes[key] = _parse_sandbox(values[0], what)
         elif key == "off":
             changes[key] = _parse_switch(values[0], what)
-        elif _names_share(key):
-            maps = (*maps, _parse_share_map(key, values, what))
         elif key.startswith(TAP):
             from qemu_userns.host.settings_taps import parse_tap
 
             changes["taps"] = taps = parse_tap(taps, key, values[0], what)
-        elif key not in ABOUT_MONITORS:
+        elif not key.startswith(SHARES) and key not in ABOUT_MONITORS:
             raise UsageError(what, "there is no such setting", f"known are {', '.join(TYPES)}")
-    config = config.replace(qemu=tuple(qemu.items()), share_maps=maps, **changes)
+    config = config.replace(qemu=tuple(qemu.items()), **changes)
+    if any(key.startswith(SHARES) for key in settings):
+        from qemu_userns.host.settings_shares import apply_shares
+
+        config = apply_shares(config, settings, where)
     if settings.keys().isdisjoint(ABOUT_MONITORS):
         return config
     from qemu_userns.host.settings_qmp import apply_qmp
@@ -84,12 +85,21 @@ def apply_settings(config: "Config", settings: "Mapping[str, list[str]]", where:
     return apply_qmp(config, settings, where)
 
 
+def expand_shares(pairs: "Sequence[tuple[str, str]]", where: str) -> "Sequence[tuple[str, str]]":
+    """Return `-userns` pairs with `share=PATH,tag=T,...` as settings of that share; raises UsageError."""
+    if all(key != "share" for key, _ in pairs):
+        return pairs
+    from qemu_userns.host.settings_shares import expand
+
+    return expand(pairs, where)
+
+
 def join_pairs(pairs: "Iterable[tuple[str, str]]") -> "dict[str, list[str]]":
     """Return `-userns` pairs as settings: the last one of a key counts, but for lists."""
     settings: dict[str, list[str]] = {}
     for key, value in pairs:
         values = settings.setdefault(key, [])
-        if TYPES.get(key) is not list and not _names_share(key):
+        if TYPES.get(key) is not list and not _lists_map(key):
             values.clear()  # the last one counts, as in QEMU
         values.append(_make_absolute(key, value))
     return settings
@@ -99,7 +109,8 @@ def _make_absolute(key: str, value: str) -> str:
     """Return the value of a `-userns` pair, a path from / on."""
     if value and _names_qemu(key):
         return os.path.abspath(value)
-    return os.path.join(os.getcwd(), value) if value and key in ("qmp", "passthrough") else value
+    is_path = key in ("qmp", "passthrough") or (key.startswith(SHARES) and key.endswith(".path"))
+    return os.path.join(os.getcwd(), value) if value and is_path else value
 
 
 def _names_qemu(key: str) -> bool:
@@ -107,21 +118,9 @@ def _names_qemu(key: str) -> bool:
     return key == "qemu" or key.startswith("qemu.")
 
 
-def _names_share(key: str) -> bool:
+def _lists_map(key: str) -> bool:
     """Tell whether a setting is the id map of a share."""
-    return key.startswith(SHARE_IDMAP[0]) and key.endswith(SHARE_IDMAP[1]) and len(key) > len("".join(SHARE_IDMAP))
-
-
-def _parse_share_map(key: str, values: "list[str]", what: str) -> "ShareMap":
-    """Parse the id map of a share; raises UsageError."""
-    from qemu_userns.plan.idmaps import ShareMap
-
-    entries = parse_idmap("\n".join(values), what)
-    uids = tuple(MapEntry(entry.inside, entry.outside, entry.count) for entry in entries if entry.kind in ("uid", "both"))
-    gids = tuple(MapEntry(entry.inside, entry.outside, entry.count) for entry in entries if entry.kind in ("gid", "both"))
-    if not uids or not gids:
-        raise UsageError(what, "maps uids or gids alone, and a file has both", "write `both HOST GUEST`, or add the other ones")
-    return ShareMap(key[len(SHARE_IDMAP[0]) : -len(SHARE_IDMAP[1])], uids, gids)
+    return key.startswith(SHARES) and key.endswith(".idmap")
 
 
 def _parse_path(text: str, what: str) -> str:
@@ -218,7 +217,9 @@ def _parse_toml(data: bytes, path: str) -> "dict[str, list[str]]":
 
             settings.update(encode_tables(value, path))
         elif key == "share":
-            settings.update(_parse_shares(value, path))
+            from qemu_userns.host.settings_shares import parse_table
+
+            settings.update(parse_table(value, path))
         elif key == "tap":
             from qemu_userns.host.settings_taps import flatten_taps
 
@@ -227,19 +228,6 @@ def _parse_toml(data: bytes, path: str) -> "dict[str, list[str]]":
             settings[key] = _flatten(value, TYPES[key], f"{path}: {key}")
         else:
             raise UsageError(f"{path}: {key}", "there is no such setting", f"known are {', '.join(TYPES)}")
-    return settings
-
-
-def _parse_shares(value: object, path: str) -> "dict[str, list[str]]":
-    """Return what the table `share` says as flat settings; raises UsageError."""
-    if not isinstance(value, dict) or not all(isinstance(table, dict) for table in value.values()):
-        raise UsageError(f"{path}: share", "is not a table of tables", "write [share.NAME], with the share's id or mount tag")
-    settings: dict[str, list[str]] = {}
-    for name, table in value.items():
-        for key, entries in table.items():
-            if key != "idmap" or not name:
-                raise UsageError(f"{path}: share.{name}.{key}", "there is no such setting", "known is idmap")
-            settings[f"share.{name}.idmap"] = _flatten(entries, list, f"{path}: share.{name}.idmap")
     return settings
 
 

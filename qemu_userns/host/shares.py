@@ -38,8 +38,8 @@ def check_names(keys: "Iterable[str]", objects: "Sequence[Object]") -> None:
     """
     known = frozenset().union(*(find_names(share, objects) for share in objects if share.kind in SHARE_KINDS))
     for key in keys:
-        name = key.removeprefix("share.").removesuffix(".idmap")
-        if key.startswith("share.") and name not in known:
+        name = key.removeprefix("share.").rpartition(".")[0]
+        if key.startswith("share.") and key.endswith(".idmap") and name not in known:
             names = f"there are {', '.join(sorted(known))}" if known else "there is none"
             raise UsageError(key, "no share of this command line has that id or mount tag", names)
 

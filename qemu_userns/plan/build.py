@@ -69,6 +69,7 @@ class Settings(Record):
     share_maps: "tuple[ShareMap, ...]" = ()
     network: str = CALLERS_NETWORK
     taps: "tuple[TapSettings, ...]" = ()
+    added: "tuple[str, ...]" = ()  # the last words of the command line, which the settings add
 
 
 def build_plan(
@@ -111,7 +112,7 @@ def build_plan(
     _reserve_fds(draft, leased)
     draft.check_fd_limit()
     confinement = _choose_confinement(draft, commandline, settings, sandbox)
-    words, rewrites = _rewrite(draft, commandline)
+    words, rewrites = _rewrite(draft, commandline, settings.added)
     return Plan(
         tuple(draft.grants),
         draft.host_tree,
@@ -291,13 +292,13 @@ def _choose_scopes(commandline: "CommandLine") -> int:
     return _SCOPE_SIGNALS | _SCOPE_ABSTRACT_SOCKETS
 
 
-def _rewrite(draft: Draft, commandline: "CommandLine") -> "tuple[list[str], tuple[Rewrite, ...]]":
+def _rewrite(draft: Draft, commandline: "CommandLine", added: "tuple[str, ...]") -> "tuple[list[str], tuple[Rewrite, ...]]":
     """Return the caller's words as QEMU gets them, and what is changed and added."""
     draft.join_parts()
     words, copies = commandline.print_words(draft.edits)
     rewrites = _find_rewrites(commandline, draft.edits, words, copies)
     _add_copies(draft, commandline, copies)
-    return words, (*rewrites, *_find_added(draft.words))
+    return words, (*rewrites, *_find_added((*draft.words, *added)))
 
 
 def _find_added(words: "Sequence[str]") -> "tuple[Rewrite, ...]":

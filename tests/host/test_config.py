@@ -9,10 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qemu_userns.cmdline.objects import parse
+from qemu_userns.cmdline.table import BUILTIN
 from qemu_userns.errors import UsageError
 from qemu_userns.host.config import Config, config_paths, configured_qemu, load_config, parse_userns_option
 from qemu_userns.host.settings import ABOUT_MONITORS
+from qemu_userns.host.settings_shares import check_shares, split_option
 from qemu_userns.host.subids import IdMapEntry, IdRange
+from qemu_userns.plan.added_shares import AddedShare
 from qemu_userns.plan.grants import TapSettings
 from qemu_userns.plan.identity import MapEntry
 from qemu_userns.plan.idmaps import ShareMap
@@ -148,7 +152,10 @@ def test_a_later_list_of_tables_replaces_the_earlier(tmp_path: Path) -> None:
         ('"qemu.x" = "/x"', "qemu.x", "no such setting"),
         ("share = 1", "share", "is not a table of tables"),
         ("[share]\nidmap = []", "share", "is not a table of tables"),
-        ("[share.a]\npath = '/x'", "share.a.path", "no such setting"),
+        ("[share.a]\nplace = '/x'", "share.a.place", "no such setting"),
+        ("[share.a]\npath = 'x'", "share.a.path", "not an absolute path"),
+        ("[share.a]\ndriver = 'nfs'", "share.a.driver", "not a choice"),
+        ("[share.a]\nreadonly = 'on'", "share.a.readonly", "is not a bool"),
         ("[share.a]\nidmap = 'both 1 1'", "share.a.idmap", "is not a list"),
         ("[share.a]\nidmap = ['both 0 0']", "share.a.idmap", "host root"),
         ("[share.a]\nidmap = ['gid 1 1']", "share.a.idmap", "uids or gids alone"),
@@ -350,3 +357,57 @@ def test_any_table_is_parsed_or_refused(tables: "list[tuple[str, list[tuple[str,
     pairs = [(kind, ",".join(f"{key}={value}" for key, value in members)) for kind, members in tables]
     with contextlib.suppress(UsageError):
         parse_userns_option(pairs, Config())
+
+
+def test_shares_of_a_file_and_of_the_command_line(file: Path) -> None:
+    text = '[share.src]\npath = "/srv/src"\nreadonly = true\nidmap = ["both 5 0"]\n[share.b]\nidmap = ["both 6 0"]'
+    config = load_config([write(file, text)], None)
+    assert config.shares == (AddedShare("src", "/srv/src", readonly=True),)
+    assert [found.name for found in config.share_maps] == ["src", "b"]
+    pairs = [
+        ("share", "x,y"),
+        ("tag", "a.b"),
+        ("map", "both 1 1"),
+        ("map", "both 2 2"),
+        ("security_model", "none"),
+        ("fs", "host"),
+    ]
+    changed = parse_userns_option([*pairs, ("share.src.readonly", "off")], config)
+    assert changed.shares == (AddedShare("src", "/srv/src"), AddedShare("a.b", f"{os.getcwd()}/x,y", model="none"))
+    ids = (MapEntry(1, 1, 1), MapEntry(2, 2, 1))
+    assert (changed.fs, changed.share_maps[-1]) == ("host", ShareMap("a.b", ids, ids))
+
+
+def test_several_shares_in_one_option() -> None:
+    pairs = [("share", "/a"), ("tag", "a"), ("share", "/b"), ("readonly", "on"), ("tag", "b")]
+    assert parse_userns_option(pairs, Config()).shares == (AddedShare("a", "/a"), AddedShare("b", "/b", readonly=True))
+    assert split_option("/a,,b,tag=t,readonly") == (("share", "/a,b"), ("tag", "t"), ("readonly", "on"))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error"),
+    [
+        ([("share", "/a")], "has no tag"),
+        ([("share", "/a"), ("tag", "t"), ("driver", "nfs")], "'nfs' is not a choice"),
+        ([("share", "/a"), ("tag", "t"), ("readonly", "2")], "neither on nor off"),
+        ([("tag", "t"), ("share", "/a"), ("tag", "t")], "there is no such setting"),
+        ([("share", ""), ("tag", "t")], "is not an absolute path"),
+    ],
+)
+def test_a_share_that_cannot_be(pairs: list[tuple[str, str]], error: str) -> None:
+    with pytest.raises(UsageError, match=error):
+        parse_userns_option(pairs, Config())
+
+
+@pytest.mark.parametrize(
+    ("words", "share", "error"),
+    [
+        ((), AddedShare("t"), "has no path"),
+        ((), AddedShare("t" * 32, "/a"), "longer than the 31 bytes"),
+        (("-virtfs", "local,path=/b,mount_tag=t,security_model=none"), AddedShare("t", "/a"), "has a share of that name already"),
+        (("-fsdev", "local,path=/b,id=f", "-device", "virtio-9p-pci,fsdev=f,mount_tag=t"), AddedShare("t", "/a"), "already"),
+    ],
+)
+def test_a_share_that_does_not_go_with_the_command_line(words: tuple[str, ...], share: AddedShare, error: str) -> None:
+    with pytest.raises(UsageError, match=error):
+        check_shares(Config(shares=(share,)), parse(words, BUILTIN, {}).objects)
