@@ -1,6 +1,6 @@
-"""libvirt's session daemon, started by hand in a folder of its own, and a domain that is the test guest.
+"""libvirt's daemon, started by hand in a folder of its own, and a domain that is the test guest.
 
-libvirt = Libvirt(folder)
+libvirt = Libvirt(folder)  # the caller's session; or, for root, SystemLibvirt(folder, settings)
 with libvirt.serving():
     domain = Domain(libvirt, "vm", emulator)
     domain.define()
@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import os
+import select
 import signal
 import socket
 import subprocess
+import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from integration.talk import connected, is_alive, started, wait_until
 from integration.vm import KERNEL_ARGUMENTS, RunningGuest, guest_files
@@ -29,11 +32,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 LIBVIRTD = "/usr/sbin/libvirtd"  # not on every user's PATH
-URI = "qemu:///session"
 LIMIT_S = 120.0
 BOOT_S = 120.0
 # More than libvirt makes for what the domain has: hot-plugged devices need a free port each.
 FREE_PORTS = 4
+HOST_ADDRESS = "10.11.12.1"
+NETWORK = ("ip link set lo up", "ip link add br0 up type bridge", f"ip address add {HOST_ADDRESS}/24 dev br0")
 
 
 class LibvirtError(Exception):
@@ -41,7 +45,12 @@ class LibvirtError(Exception):
 
 
 class Libvirt:
-    """A running daemon, and virsh."""
+    """A running daemon of the caller's session, and virsh."""
+
+    uri = "qemu:///session"
+    socket_file = "run/libvirt/libvirt-sock"
+    pid_files = "run/libvirt/qemu/run"
+    qemu_logs = "cache/libvirt/qemu/log"
 
     def __init__(self, folder: Path) -> None:
         """Make libvirt's folders below `folder`."""
@@ -52,17 +61,18 @@ class Libvirt:
             path = folder / name
             path.mkdir(mode=0o700)
             self.environment[variable] = str(path)
-        self._settings = folder / "libvirtd.conf"
-        self._settings.write_text(f'log_level = 3\nlog_outputs = "3:file:{folder / "home" / "libvirtd.log"}"\n')
+        self._log, self._pid_file = folder / "libvirtd.log", folder / "libvirtd.pid"
+        settings = folder / "libvirtd.conf"
+        settings.write_text(f'log_level = 3\nlog_outputs = "3:file:{self._log}"\nhost_uuid = "{uuid.uuid4()}"\n')
+        self.daemon = [LIBVIRTD, "-f", str(settings), "--pid-file", str(self._pid_file)]
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
         """Run the daemon; its domains stay when it goes."""
-        command = [LIBVIRTD, "-f", str(self._settings)]
-        socket_file = self.folder / "run/libvirt/libvirt-sock"
-        with started(command, env=self.environment, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        socket_file = self.folder / self.socket_file
+        with started(self.daemon, env=self.environment, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             wait_until(lambda: socket_file.is_socket() or process.poll() is not None, "libvirtd's socket")
-            assert process.poll() is None, f"libvirtd ended: {self._read('home/libvirtd.log')}"
+            assert process.poll() is None, f"libvirtd ended: {self._read(self._log)}"
             try:
                 yield
             finally:
@@ -75,7 +85,7 @@ class Libvirt:
         Raises:
             LibvirtError: it has not.
         """
-        command = ["virsh", "--quiet", "--connect", URI, *words]
+        command = ["virsh", "--quiet", "--connect", self.uri, *words]
         done = subprocess.run(command, env=self.environment, cwd="/", capture_output=True, text=True, timeout=LIMIT_S)
         if done.returncode != 0:
             raise LibvirtError(f"virsh {' '.join(words)}: {done.stderr.strip()}\n{self.read_last_words()}")
@@ -83,17 +93,17 @@ class Libvirt:
 
     def read_last_words(self) -> str:
         """Return the end of what QEMU wrote for the newest domain, without the words that it was started with."""
-        logs = sorted((self.folder / "cache/libvirt/qemu/log").glob("*.log"), key=lambda path: path.stat().st_mtime)
+        logs = sorted((self.folder / self.qemu_logs).glob("*.log"), key=lambda path: path.stat().st_mtime)
         lines = [line for path in logs[-1:] for line in self._read(path).splitlines() if not line.endswith("\\")]
         return "\n".join(lines[-10:])
 
     def find_pid(self, domain: str) -> int:
         """Return the pid of a domain's QEMU, as libvirt knows it."""
-        return int((self.folder / f"run/libvirt/qemu/run/{domain}.pid").read_text())
+        return int((self.folder / self.pid_files / f"{domain}.pid").read_text())
 
     def end_programs(self) -> None:
         """End what a daemon leaves behind: the log daemon, and after a failure QEMUs too."""
-        pid_files = [self.folder / "run/libvirt/virtlogd.pid", *(self.folder / "run/libvirt/qemu/run").glob("*.pid")]
+        pid_files = [self.folder / "run/libvirt/virtlogd.pid", *(self.folder / self.pid_files).glob("*.pid")]
         for path in pid_files:
             with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
                 pid = int(path.read_text())
@@ -103,6 +113,63 @@ class Libvirt:
 
     def _read(self, path: Path | str) -> str:
         return (self.folder / path).read_text(errors="replace")
+
+
+class SystemLibvirt(Libvirt):
+    """A running system daemon, root's.
+
+    Its folders, which libvirt knows by fixed names, are mounted where it alone sees them. Its network has a bridge, br0, and it
+    is a host of its own, for libvirt migrates between hosts only.
+    """
+
+    socket_file = "run/libvirt-sock"
+    pid_files = "run/qemu"
+    qemu_logs = "log/qemu"
+    MOUNTS: ClassVar = {
+        "etc": "/etc/libvirt",
+        "lib": "/var/lib/libvirt",
+        "log": "/var/log/libvirt",
+        "cache": "/var/cache/libvirt",
+        "run": "/run/libvirt",
+        "passwd": "/etc/passwd",
+        "group": "/etc/group",
+    }
+
+    def __init__(self, folder: Path, qemu_conf: str, beside: SystemLibvirt | None = None) -> None:
+        """Make the folders below `folder`.
+
+        Args:
+            folder: it exists; the host is called as it is.
+            qemu_conf: what /etc/libvirt/qemu.conf says.
+            beside: the daemon of another host, which is served, on the same network.
+        """
+        super().__init__(folder)
+        for name in ("etc", "lib", "log"):
+            (folder / name).mkdir(mode=0o755)
+        for name in ("run", "cache"):
+            (folder / name).chmod(0o755)
+        (folder / "etc/qemu.conf").write_text(f'stdio_handler = "file"\ncgroup_controllers = []\n{qemu_conf}')
+        Path(self.MOUNTS["run"]).mkdir(exist_ok=True)
+        # Debian's libvirt does not begin without this user, whatever the configuration names.
+        user = "libvirt-qemu:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin\n"
+        (folder / "passwd").write_text(Path("/etc/passwd").read_text() + user)
+        (folder / "group").write_text(Path("/etc/group").read_text() + "libvirt-qemu:x:64055:\n")
+        self.uri = f"qemu+unix:///system?socket={folder / self.socket_file}"
+        mounts = [f"mount --bind {folder / name} {place}" for name, place in self.MOUNTS.items()]
+        lines = ["set -e", f"hostname {folder.name}", *([] if beside else NETWORK), *mounts, 'exec "$@"']
+        network = ["nsenter", f"--net=/proc/{beside.pid}/ns/net"] if beside else ["unshare", "--net"]
+        private = ["unshare", "--mount", "--uts", "--propagation", "private"]
+        self.daemon = [*network, *private, "sh", "-c", "\n".join(lines), "sh", *self.daemon]
+
+    @property
+    def pid(self) -> int:
+        return int(self._pid_file.read_text())
+
+    def end_programs(self) -> None:
+        """End what a failure leaves behind, and remove what libvirt's own folder was mounted on, if that was all."""
+        super().end_programs()
+        with contextlib.suppress(OSError):
+            Path(self.MOUNTS["run"]).rmdir()
 
 
 def _environment_of(pid: int) -> str:
@@ -133,6 +200,22 @@ class Domain:
     def virsh(self, command: str, *words: str) -> str:
         """Run a virsh command about this domain."""
         return self.libvirt.virsh(command, self.name, *words)
+
+    def migrate(self, libvirt: Libvirt, uri: str) -> Domain:
+        """Migrate the running domain; return it as the other daemon has it, paused: a guest that runs would see that nobody
+        is connected.
+
+        Its sockets and logs get paths of their own, for who leaves removes its sockets.
+        """
+        moved = copy.copy(self)
+        moved.libvirt, moved.home = libvirt, libvirt.folder / self.name
+        moved.home.mkdir()
+        text = self.virsh("dumpxml", "--migratable")
+        for name in ("command", "console"):
+            text = text.replace(str(self.home / name), str(moved.home / name))
+        options = ["--live", "--suspend", "--persistent", "--unsafe", "--xml", moved._write("domain.xml", text)]
+        self.virsh("migrate", libvirt.uri, "--migrateuri", uri, *options)
+        return moved
 
     def define(self, *devices: str) -> None:
         """Tell libvirt about the domain."""
@@ -223,9 +306,42 @@ class DomainGuest(RunningGuest):
         self._channel.sendall(base64.b64encode(command.encode()) + b"\n")
 
 
-def disk(path: Path, target: str, form: str = "qcow2") -> str:
+class Console:
+    """What is said over a terminal."""
+
+    def __init__(self, terminal: int) -> None:
+        """Talk over the terminal's other end, which is borrowed."""
+        self._terminal = terminal
+        self._heard = b""
+
+    def read(self) -> bytes:
+        """Return all that was said so far; waits for more only if there was none."""
+        while select.select([self._terminal], [], [], 0)[0]:
+            self._heard += os.read(self._terminal, 4096)
+        return self._heard
+
+    def write(self, data: bytes) -> None:
+        os.write(self._terminal, data)
+
+
+@contextlib.contextmanager
+def virsh_console(domain: Domain, device: str) -> Iterator[Console]:
+    """Talk to a device of a domain by `virsh console`, which wants a terminal."""
+    ours, theirs = os.openpty()
+    command = ["virsh", "--connect", domain.libvirt.uri, "console", domain.name, "--devname", device]
+    try:
+        console = Console(ours)
+        with started(command, stdin=theirs, stdout=theirs, stderr=theirs, env=domain.libvirt.environment):
+            wait_until(lambda: b"Escape character" in console.read(), "virsh's console")
+            yield console
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def disk(path: Path, target: str, form: str = "qcow2", label: str = "") -> str:
     """Return the XML of a disk."""
     return f"""
         <disk type='file' device='disk'>
-          <driver name='qemu' type='{form}'/><source file='{path}'/><target dev='{target}' bus='virtio'/><serial>{target}</serial>
+          <driver name='qemu' type='{form}'/><source file='{path}'>{label}</source><target dev='{target}' bus='virtio'/><serial>{target}</serial>
         </disk>"""
