@@ -103,7 +103,7 @@ def find_ranges(path: str, name: str, uid: int, own_id: "int | None" = None) -> 
 
 
 def find_unshared_ranges(path: str, name: str, uid: int, own_id: "int | None" = None) -> "tuple[IdRange, ...]":
-    """Find those subordinate ids of one user that no other entry gives away too, as `find_ranges` does; for root, who need not use them.
+    """Find those subordinate ids of one user, as `find_ranges` does, that no other entry gives away too: root needs none of them.
 
     Debian's package lxd, for one, gives the same range to its own user and to root, for the containers of LXD.
     """
