@@ -17,12 +17,20 @@ class QemuUsernsError(Exception):
 
     exit_status = 1
 
-    def __init__(self, what: str, why: str, hint: "str | None" = None) -> None:
-        """Keep the three parts; `what` names the thing (a path, an option, a step), `why` the reason."""
+    def __init__(self, what: str, why: str, hint: "str | None" = None, *, rule: "str | None" = None) -> None:
+        """Keep the parts; `what` names the thing (a path, an option, a step), `why` the reason.
+
+        Args:
+            what: see above.
+            why: see above.
+            hint: what to do about it.
+            rule: that an AppArmor profile has to have where it is what forbids the step (apparmor.d(5)).
+        """
         super().__init__(f"{what}: {why}")
         self.what = what
         self.why = why
         self.hint = hint
+        self.rule = rule
 
 
 class UsageError(QemuUsernsError):

@@ -5,6 +5,8 @@ import sys
 
 from qemu_userns.errors import QemuUsernsError, describe_bug, format_error, printable
 
+_CLIENTS = {"lxd": "lxc", "incus": "incus"}  # whose profiles begin so
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,12 +20,49 @@ def run_at_edge(function: "Callable[[], int]") -> "NoReturn":
     try:
         status = function()
     except QemuUsernsError as err:
-        _print(format_error(err))
+        _print(format_error(err) + explain_denial(err, read_profile()))
         status = err.exit_status
     except OSError as err:
         _print(f"qemu-userns: {printable(str(err.filename or 'system call'))}: {err.strerror or err}\n")
         status = 1
     sys.exit(status)
+
+
+def read_profile() -> "str | None":
+    """Return the AppArmor profile that confines this process, None if there is none: aa-status(8), proc(5)."""
+    for path in ("/proc/self/attr/apparmor/current", "/proc/self/attr/current"):
+        try:
+            with open(path) as file:
+                name, _, mode = file.read().rstrip("\0\n").rpartition(" ")
+        except OSError:
+            continue  # another security module has it, or none
+        if mode == "(enforce)":
+            return name
+    return None
+
+
+def explain_denial(error: QemuUsernsError, profile: "str | None") -> str:
+    """Return the line that names the rule which a profile lacks, and the command that adds it; "" where that is not the matter.
+
+    This code cannot be anywhere else: from inside QEMU's view nothing can be imported any more.
+
+    Args:
+        error: a step that failed.
+        profile: AppArmor's, of this process.
+    """
+    if profile is None or error.rule is None or (isinstance(error.__cause__, OSError) and error.__cause__.errno not in (1, 13)):
+        return ""
+    kind, _, rest = profile.partition("-")
+    command = "add it to the profile, and load that with apparmor_parser -r"
+    if kind in _CLIENTS:
+        instance = rest.partition("_<")[0]
+        lines = f"/etc/qemu-userns/{kind}.apparmor"
+        command = f'{_CLIENTS[kind]} config set {instance} raw.apparmor "$(cat {lines})"'
+        command += f", which qemu-userns hook {kind} --apply writes"
+    elif kind == "libvirt":
+        command = "add it to /etc/apparmor.d/local/abstractions/libvirt-qemu"
+    lack = f"its profile {printable(profile)} lacks `{error.rule}`"
+    return f"hint: where it is AppArmor that forbids this, {lack}: {printable(command)}\n"
 
 
 def _print(text: str) -> None:

@@ -24,6 +24,7 @@ _EPERM_HINT = (
     "allow unprivileged user namespaces: sysctl kernel.unprivileged_userns_clone=1 on older Debian kernels, "
     "kernel.apparmor_restrict_unprivileged_userns=0 or an AppArmor profile on Ubuntu; in a container, its seccomp profile"
 )
+_MAP_RULE = "@{PROC}/@{pid}/{uid_map,gid_map,setgroups} rw,"
 _ENOSPC_HINT = (
     "raise user.max_user_namespaces, user.max_mnt_namespaces or user.max_ipc_namespaces with sysctl; 0 switches them off"
 )
@@ -97,7 +98,7 @@ def write_maps(pid: int, identity: "Identity") -> None:
         # group can read what the group is denied (CVE-2014-8989). QEMU's groups are set already.
         write_file(f"/proc/{pid}/setgroups", "deny")
     except OSError as err:
-        raise SandboxError("cannot forbid setgroups", err.strerror or str(err)) from err
+        raise SandboxError("cannot forbid setgroups", err.strerror or str(err), rule=_MAP_RULE) from err
     if identity.method == NEWIDMAP:
         from qemu_userns.host.newidmap import run_newidmap
 
@@ -107,7 +108,7 @@ def write_maps(pid: int, identity: "Identity") -> None:
         write_map(f"/proc/{pid}/uid_map", identity.uid_map)
         write_map(f"/proc/{pid}/gid_map", identity.gid_map)
     except OSError as err:
-        raise SandboxError("cannot write the id maps", err.strerror or str(err), _map_hint(err.errno)) from err
+        raise SandboxError("cannot write the id maps", err.strerror or str(err), _map_hint(err.errno), rule=_MAP_RULE) from err
 
 
 def read_maps(namespace: int) -> "tuple[tuple[MapEntry, ...], tuple[MapEntry, ...]] | None":
@@ -184,6 +185,7 @@ def _explain_refusal(code: int) -> HostError:
         what,
         os.strerror(code) if code else "the process that makes it was killed",
         _EPERM_HINT if code in (_EPERM, _EACCES) else None,
+        rule="userns, capability sys_admin, mount,",
     )
 
 

@@ -28,7 +28,9 @@ def become(identity: "Identity") -> None:
             if os.getppid() != parent:  # it died while the signal was cleared
                 os.kill(os.getpid(), signal)
     except OSError as err:
-        raise SandboxError(f"cannot become {identity.uid}:{identity.gid}", err.strerror or str(err)) from err
+        raise SandboxError(
+            f"cannot become {identity.uid}:{identity.gid}", err.strerror or str(err), rule="capability setuid, capability setgid,"
+        ) from err
 
 
 def join(namespaces: "tuple[int, ...]") -> None:
@@ -48,7 +50,7 @@ def join(namespaces: "tuple[int, ...]") -> None:
             process.setns(fd, 0)
             os.close(fd)
     except OSError as err:
-        raise SandboxError("cannot enter QEMU's namespaces", err.strerror or str(err)) from err
+        raise SandboxError("cannot enter QEMU's namespaces", err.strerror or str(err), rule="capability sys_admin,") from err
 
 
 def leave_network() -> None:
@@ -60,7 +62,7 @@ def leave_network() -> None:
     try:
         process.unshare(process.CLONE_NEWNET)
     except OSError as err:
-        raise SandboxError("cannot leave the caller's network", err.strerror or str(err)) from err
+        raise SandboxError("cannot leave the caller's network", err.strerror or str(err), rule="capability sys_admin,") from err
 
 
 class NamespaceLimits:

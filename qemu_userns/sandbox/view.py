@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _TARGET = mount.RESOLVE_IN_ROOT | mount.RESOLVE_NO_SYMLINKS | mount.RESOLVE_NO_MAGICLINKS
 # Where files and nodes of our own lie before they are bound to their places.
+_PLACE_RULE = "mount, / r, /** rwlk,"
 _STAGING = ".qemu-userns"
 _FILES = f"{_STAGING}/files"
 _NODES = f"{_STAGING}/nodes"
@@ -57,7 +58,7 @@ def build_view(opened: "Opened", cwd: str) -> None:
         try:
             _place(root, grant, opened, made)
         except OSError as err:
-            raise SandboxError(f"cannot place {grant.path} in QEMU's view", err.strerror or str(err)) from err
+            raise SandboxError(f"cannot place {grant.path} in QEMU's view", err.strerror or str(err), rule=_PLACE_RULE) from err
     _enter(root, cwd)
 
 
@@ -85,7 +86,7 @@ def overlay_host(opened: "Opened", cwd: str, read_only: bool) -> None:
         os.close(staging)
         os.chdir(cwd)
     except OSError as err:
-        raise SandboxError("cannot place our files over the host's", err.strerror or str(err)) from err
+        raise SandboxError("cannot place our files over the host's", err.strerror or str(err), rule="mount, umount,") from err
 
 
 def _open_placed(staging: int, grant: "Placed", opened: "Opened") -> int:
@@ -109,7 +110,7 @@ def _cover_root(nodes_fd: "int | None") -> int:
         if nodes_fd is not None:
             _attach(root, _NODES, nodes_fd)
     except OSError as err:
-        raise SandboxError("cannot make a root for QEMU", err.strerror or str(err)) from err
+        raise SandboxError("cannot make a root for QEMU", err.strerror or str(err), rule="mount,") from err
     return root
 
 
@@ -230,4 +231,4 @@ def _enter(root: int, cwd: str) -> None:
         os.close(root)
         os.chdir(cwd)
     except OSError as err:
-        raise SandboxError("cannot enter QEMU's view", err.strerror or str(err)) from err
+        raise SandboxError("cannot enter QEMU's view", err.strerror or str(err), rule="pivot_root, umount,") from err
