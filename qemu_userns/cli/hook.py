@@ -5,15 +5,17 @@ import sys
 
 from qemu_userns.errors import UsageError, format_error, printable
 from qemu_userns.hooks.host import Options
+from qemu_userns.hooks.install import find_qemus
 from qemu_userns.hooks.lxd import DAEMONS, build_setup
-from qemu_userns.hooks.steps import apply, undo
+from qemu_userns.hooks.snap import build_tree
+from qemu_userns.hooks.steps import STANDARD_PATH, apply, undo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qemu_userns.hooks.lxd import Setup
     from qemu_userns.hooks.steps import Fault
 
-_USAGE = "qemu-userns hook lxd|incus [--apply | --remove | --check] [--divert] [--dir DIR] [--root DIR]"
+_USAGE = "qemu-userns hook lxd|incus [--apply | --remove | --check] [--divert] [--dir DIR] [--root DIR] | hook lxd --snap DIR"
 _DIRECTORY = "/usr/local/lib/qemu-userns/dropin"
 _ACTIONS = ("--apply", "--remove", "--check")
 
@@ -26,6 +28,9 @@ def hook(words: "list[str]") -> int:
         ResourceError: a file cannot be read, written or removed.
         HostError: a program that has to be run fails.
     """
+    if words[:1] == ["lxd"] and len(words) == 3 and words[1] == "--snap":
+        _print_rest(build_tree(words[2], find_qemus(STANDARD_PATH)))
+        return 0
     name, action, options = _parse(words)
     setup = build_setup(DAEMONS[name], options)
     if action == "--apply":
@@ -42,7 +47,7 @@ def hook(words: "list[str]") -> int:
         print(f"fault: {fault.what}: {fault.why}" + (f" ({fault.hint})" if fault.hint else ""))
     for step in setup.steps:
         print(f"{'done ' if step.find_fault(options.root) is None else 'to do'}  {step.describe()}")
-    _print_rest(setup)
+    _print_rest(setup.by_hand)
     return 0
 
 
@@ -50,7 +55,7 @@ def _apply(setup: "Setup", root: str) -> int:
     """Do all steps, and say which."""
     for step in apply(setup.steps, root):
         print(step.describe())
-    _print_rest(setup)
+    _print_rest(setup.by_hand)
     return 0
 
 
@@ -70,8 +75,8 @@ def _print_faults(faults: "list[Fault]") -> None:
         print(f"qemu-userns: {printable(fault.what)}: {printable(fault.why)}\nhint: {printable(hint)}", file=sys.stderr)
 
 
-def _print_rest(setup: "Setup") -> None:
-    for line in setup.by_hand:
+def _print_rest(by_hand: "tuple[str, ...]") -> None:
+    for line in by_hand:
         print(f"then: {line}")
 
 

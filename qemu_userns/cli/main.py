@@ -21,6 +21,7 @@ usage: qemu-userns run [--KEY=VALUE...] [--] qemu-system-ARCH [QEMU's arguments]
        qemu-userns explain [--json] [--KEY=VALUE...] [--] qemu-system-ARCH [QEMU's arguments]
        qemu-userns install DIR
        qemu-userns hook lxd|incus [--apply | --remove | --check] [--divert] [--dir DIR] [--root DIR]
+       qemu-userns hook lxd --snap DIR
        qemu-userns ps [--json]
        qemu-userns qmp [--compact] [--events] [--pass-fd N] (VM | --socket PATH) [COMMAND [KEY=VALUE...]]
        qemu-userns adopt [--replace] (VM | --all)

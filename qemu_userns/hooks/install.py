@@ -72,18 +72,33 @@ def install(directory: str, path_env: str, root: str = "") -> "list[str]":
         raise HostError("qemu-system-*", "no QEMU in PATH", "install qemu-system-x86 or another qemu-system package")
     directory = os.path.abspath(directory)
     bundle = os.path.join(directory, find_name(_ENTRY))
-    python, path = os.path.realpath(sys.executable), find_import_path()
-    text = _ENTRY.format(python=python, path=path, bundle=bundle)
     try:
         os.makedirs(root + directory, exist_ok=True)
         _write(root + bundle, build_bundle(), 0o644)
-        for name in names:
-            _write_entry(os.path.join(root + directory, name), text)
-        _write_entry(os.path.join(root + directory, PROXY_HELPER), _PROXY_ENTRY.format(python=python, path=path))
+        write_entries(root + directory, names, os.path.realpath(sys.executable), find_import_path(), bundle)
         _remove_others(root + bundle)
     except OSError as err:
         raise ResourceError(str(err.filename or directory), err.strerror or str(err)) from err
     return [*names, PROXY_HELPER]
+
+
+def write_entries(directory: str, names: "list[str]", python: str, path: "list[str]", bundle: str = "") -> None:
+    """Write entries for QEMU, and the one for virtfs-proxy-helper.
+
+    Args:
+        directory: that is there.
+        names: of QEMU.
+        python: the interpreter.
+        path: where it finds this program.
+        bundle: of modules; there may be none.
+
+    Raises:
+        OSError: one cannot be written.
+        ResourceError: a file of such a name is not ours.
+    """
+    for name in names:
+        _write_entry(os.path.join(directory, name), _ENTRY.format(python=python, path=path, bundle=bundle))
+    _write_entry(os.path.join(directory, PROXY_HELPER), _PROXY_ENTRY.format(python=python, path=path))
 
 
 def uninstall(directory: str) -> bool:

@@ -140,7 +140,7 @@ def _find_faults(
     """Return what no step mends."""
     faults = []
     if daemon.snap and os.path.lexists(options.root + daemon.snap):
-        hint = "use a snap of its own with QEMU (content qemu-external-binaries), or Debian's package"
+        hint = "qemu-userns hook lxd --snap DIR makes a snap with the drop-in for it"
         faults.append(Fault(f"the snap {daemon.name}", "has a PATH of its own, that no unit file changes", hint))
     elif unit is None:
         hint = f"install {daemon.name}, or put {options.directory} first in its PATH"

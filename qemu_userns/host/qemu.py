@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MARKER = b"qemu-userns drop-in"  # in the first bytes of each entry that `qemu-userns install` makes
 MARKER_WITHIN = 256
-DIVERTED = ".distrib"  # where dpkg-divert(1) has moved a program that an entry stands in for
+DIVERTED = ".distrib"  # what dpkg-divert(1) adds to the name of a program that an entry stands in for
 
 
 class QemuFacts(Record):
@@ -50,11 +50,11 @@ def find_qemu(name: str, path_env: str, invoked: "str | None" = None, configured
         return _check_program(path, invoked, "correct `qemu` in the configuration of qemu-userns")
     if "/" in name:
         return _check_program(name, invoked, "name a QEMU that is not a drop-in entry of qemu-userns")
+    if invoked is not None and _is_program(invoked + DIVERTED):
+        return invoked + DIVERTED
     for directory in path_env.split(":"):
         path = os.path.abspath(os.path.join(directory, name))
-        if not _is_program(path):
-            continue
-        if not is_own_entry(path, invoked):
+        if _is_program(path) and not is_own_entry(path, invoked):
             return path
         if _is_program(path + DIVERTED):
             return path + DIVERTED

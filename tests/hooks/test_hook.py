@@ -13,6 +13,7 @@ import pytest
 
 from qemu_userns.cli.hook import hook
 from qemu_userns.errors import HostError, ResourceError, UsageError
+from qemu_userns.hooks.install import find_import_path
 from qemu_userns.host.qemu import find_qemu, is_own_entry
 
 if TYPE_CHECKING:
@@ -93,6 +94,27 @@ def test_a_diverted_qemu_is_found_behind_its_entry(system: Path) -> None:
     path.unlink()
     path.symlink_to(f"{system}{DIR}/qemu-system-x86_64")
     assert find_qemu("qemu-system-x86_64", f"{system}{DIR}:{system}/usr/bin") == f"{path}.distrib"
+
+
+@pytest.mark.qemu
+def test_the_tree_of_a_snap_has_a_drop_in_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In LXD's snap it is at another place; here the entry gets this one."""
+    tree = tmp_path / "snap"
+    assert hook(["lxd", "--snap", str(tree)]) == 0
+    assert "snap connect lxd:qemu-external qemu-for-lxd:qemu-external" in capsys.readouterr().out
+    assert "content: qemu-external-binaries" in (tree / "meta/snap.yaml").read_text()
+    entry = tree / "bin/qemu-system-x86_64"
+    assert "/snap/lxd/current/external/qemu/lib/python" in entry.read_text()
+    compiled = find_import_path()[1:]  # the package unshare, which Python 3.12 does not need
+    there = "['/snap/lxd/current/external/qemu/lib/python']"
+    entry.write_text(entry.read_text().replace(there, repr([f"{tree}/lib/python", *compiled])))
+    real = find_qemu("qemu-system-x86_64", os.environ["PATH"])
+    (tree / "bin/qemu-system-x86_64.distrib").symlink_to(real)
+    done = subprocess.run([entry, "-version"], capture_output=True, text=True, env={"HOME": "/tmp", "PATH": "/nowhere"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == subprocess.run([real, "-version"], capture_output=True, text=True).stdout
+    with pytest.raises(ResourceError, match="is not empty"):
+        hook(["lxd", "--snap", str(tree)])
 
 
 def test_looking_says_what_is_there_and_changes_nothing(system: Path, capsys: pytest.CaptureFixture[str]) -> None:
