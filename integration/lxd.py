@@ -80,6 +80,7 @@ class Instance:
         virtiofs: bool = False,
         memlock: bool = True,
         run_with: bool = False,
+        stateful: bool = False,
     ) -> None:
         """Make the instance's folders; in that of devices a helper looks in its own user namespace.
 
@@ -93,6 +94,7 @@ class Instance:
             disks: directories to share over 9p.
             virtiofs: have the config drive as virtio-fs too, and for a version without 9p disks these so.
             memlock: raise the limit on locked memory, as LXD does outside containers.
+            stateful: wait for a saved state; QEMU is to stay root then.
             run_with: name the user by -run-with, as LXD 6.5, 5.21.4 and later do from QEMU 9.1 on.
         """
         self.shape, self.name, self.uuid, self.disks = shape, name, uuid, disks
@@ -101,7 +103,8 @@ class Instance:
         self.logs, self.path, self.devices = (folder / part / name for part in ("logs", "virtual-machines", "devices"))
         for made, mode in ((self.logs, 0o700), (self.path, 0o700), (self.devices, 0o711)):
             made.mkdir(parents=True, mode=mode)
-        self._run_with = run_with
+        self._run_with, self._stateful = run_with, stateful
+        self.conf = ""
         self.monitor, self.pid_file = self.logs / "qemu.monitor", self.logs / "qemu.pid"
         self.user = pwd.getpwnam(UNPRIVILEGED)
         self.helpers: list[Helper] = []
@@ -132,7 +135,8 @@ class Instance:
         try:
             sections = list(self._sections())
             conf = self.logs / "qemu.conf"
-            conf.write_text(lxd_conf.build_conf(sections))
+            self.conf = lxd_conf.build_conf(sections)
+            conf.write_text(self.conf)
             conf.chmod(0o640)
             argv = [*self._limits(), *self.qemu_argv(), *raw]
             status = self._run(argv, {**os.environ, **(env or {})})
@@ -142,7 +146,6 @@ class Instance:
         for stand_in in self.helpers:
             stand_in.channel.close()
         if status != 0:
-            self._clean_up()
             raise LxdError(f"Failed running: {' '.join(argv)}: {self.early_log()}: exit status {status}")
         return self.find_pid()
 
@@ -158,8 +161,9 @@ class Instance:
             *("-spice", f"unix=on,disable-ticketing=on,addr={self.logs}/qemu.spice"),
             *("-pidfile", str(self.pid_file), "-D", f"{self.logs}/qemu.log"),
             *(debugcon if self.shape.debugcon else ()),
+            *(("-incoming", "defer") if self._stateful else ()),
             *("-smbios", "type=2,manufacturer=Canonical Ltd.,product=LXD"),
-            *(user if os.geteuid() == 0 else ()),
+            *(user if os.geteuid() == 0 and not self._stateful else ()),
         ]
 
     def early_log(self) -> str:
@@ -328,6 +332,10 @@ class Instance:
             with contextlib.suppress(OSError):
                 found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         return [words for words in found if self.uuid in words]
+
+    def sockets(self) -> list[Path]:
+        """Return what else QEMU leaves at its end: its sockets, and the pidfile."""
+        return [path for path in self.logs.iterdir() if path.is_socket() or path == self.pid_file]
 
     def _clean_up(self) -> None:
         for path in (self.pid_file, self.monitor):

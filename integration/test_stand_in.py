@@ -16,7 +16,7 @@ import pytest
 
 from integration.shares import Launch, SharedVm, dropin_words, launches, mount_options
 from integration.stand_in import DEADLINE_S, LXD_MAP, Helper, helper
-from integration.talk import REAL, wait_until
+from integration.talk import REAL, running, wait_until
 from integration.vm import running_guest
 from qemu_userns.host.stand_ins import ANSWER, QUESTION
 from qemu_userns.plan.identity import MapEntry
@@ -154,10 +154,12 @@ def test_a_socket_by_its_path(option: str, shared_tmp: Path) -> None:
     owner = ["--uid", str(os.getuid()), "--gid", str(os.getgid())]
     words = [str(dropin_folder() / "virtfs-proxy-helper"), "--path", str(share), "-s", str(path), *owner]
     assert subprocess.run(words, timeout=DEADLINE_S).returncode == 0
-    tag = "mount_tag=tag" if option == "virtfs" else "id=tag"
     (pid,) = [int(entry) for entry in os.listdir("/proc") if entry.isdecimal() and str(path).encode() in cmdline(entry)]
-    done = start(None, f"-{option}", f"proxy,{tag},socket={path},writeout=immediate")
-    assert done.returncode == 0, done.stderr
+    tag = "mount_tag=tag" if option == "virtfs" else "id=tag"
+    idle = ("-nodefaults", "-display", "none", "-S")
+    with running(dropin_words(), *idle, f"-{option}", f"proxy,{tag},socket={path},writeout=immediate", idle=False) as qemu:
+        assert cmdline(str(pid)), "it stays as long as QEMU"
+        assert qemu.quit() == 0
     wait_until(lambda: not os.path.exists(f"/proc/{pid}") or not cmdline(str(pid)), "the helper ends")
     assert not path.exists()
 

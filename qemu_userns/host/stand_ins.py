@@ -51,7 +51,8 @@ def meet(share: "Object", preview: bool) -> StandIn:
             if not preview:
                 connection.shutdown(SHUT_RD)
             given = share.get("sock_fd")
-            number = fcntl.fcntl(connection.fileno(), fcntl.F_DUPFD_CLOEXEC, LOWEST_OWN_FD) if given is None else int(given)
+            # One that is inherited, as the caller's own is: QEMU keeps it.
+            number = fcntl.fcntl(connection.fileno(), fcntl.F_DUPFD, LOWEST_OWN_FD) if given is None else int(given)
         finally:
             connection.close()
     except OSError as err:
