@@ -66,9 +66,9 @@ def build_conf(sections: Iterable[Section]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def base_sections(shape: Shape, logs: Path, accel: str, cpus: int) -> Iterator[Section]:
+def base_sections(shape: Shape, logs: Path, cpus: int) -> Iterator[Section]:
     """Return what every VM has."""
-    yield "Machine", "machine", {"graphics": "off", "type": "q35", "accel": accel, "usb": "off"}
+    yield "Machine", "machine", {"graphics": "off", "type": "q35", "accel": "tcg", "usb": "off"}
     for state in ("s3", "s4"):
         yield "", "global", {"driver": "ICH9-LPC", "property": f"disable_{state}", "value": "1"}
     yield "", "boot-opts", {"strict": "on"}

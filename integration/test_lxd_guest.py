@@ -17,7 +17,7 @@ from integration.lxd import SETTINGS_BYTES, VIRTIOFSD, Disk, Instance, may_raise
 from integration.lxd_client import boot_as_lxd
 from integration.lxd_conf import SHAPES, Shape
 from integration.shares import MOUNT_OPTIONS
-from integration.talk import map_of, status_of, supervisor_of, wait_until
+from integration.talk import DEADLINE_S, connected, map_of, status_of, supervisor_of, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,6 +95,7 @@ def test_a_vm_from_its_start_to_its_end(dropin: list[str], shared_tmp: Path, sha
                     check_config_drive(guest, vm, "virtiofs", "ro")
                 if disks:
                     check_shares(guest, share)
+                check_console(guest, vm)
                 assert vm.status() == "RUNNING"
                 reason = ENDS[shape.version](client, guest, vm)
         assert [event["data"]["reason"] for event in client.events() if event["event"] == "SHUTDOWN"] == [reason] * bool(reason)
@@ -158,6 +159,15 @@ def check_config_drive(guest: DomainGuest, vm: Instance, kind: str, options: str
     assert answer.count("Read-only file system") >= 4
     for path in (vm.path / "config").iterdir():
         assert (path.stat().st_uid, path.stat().st_gid, stat.S_IMODE(path.stat().st_mode) & 0o266) == (vm.user.pw_uid, 0, 0)
+
+
+def check_console(guest: DomainGuest, vm: Instance) -> None:
+    """Whoever attaches to the console sees what comes then, and is heard."""
+    with connected(vm.logs / "qemu.console") as console, console.makefile("rb") as reader:
+        console.settimeout(DEADLINE_S)
+        console.sendall(b"typed\n")
+        assert guest.check("stty -F /dev/ttyS0 raw -echo; head -n 1 /dev/ttyS0; echo said >/dev/ttyS0") == "typed\n"
+        assert any(b"said" in line for line in reader)
 
 
 def check_shares(guest: DomainGuest, share: Path) -> None:
