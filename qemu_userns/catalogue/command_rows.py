@@ -12,6 +12,8 @@ from qemu_userns.catalogue.rows import ROWS, Row
 _FILES_WRITTEN = "screendump memsave pmemsave dumpdtb dump-skeys xen-save-devices-state logfile trace-file"
 _MACHINE_FILES = ("kernel", "initrd", "dtb", "shim")
 _NOT_ABSTRACT = ("abstract", ("", "off"))
+_OWN_MONITOR = "a monitor that is made while QEMU runs would be QEMU's own, past the rights of this one's clients"
+_OWN_MONITOR_HINT = "connect to this monitor once more: it has any number of clients; or name it on the command line"
 
 _ROWS: "tuple[Row, ...]" = (
     # Block jobs, snapshots and media
@@ -60,6 +62,7 @@ _ROWS: "tuple[Row, ...]" = (
     # Displays, monitors, fds
     Row("display-update", "**.path", ways.LISTEN, (_NOT_ABSTRACT,)),
     Row("gdbserver", "device", ways.CHARDEV),
+    Row("object", "qom-type", ways.REFUSE, (("qom-type", ("monitor-qmp", "monitor-hmp")),), _OWN_MONITOR, _OWN_MONITOR_HINT),
     *(Row(command, "fdname", ways.NAME) for command in ("add_client", "getfd", "closefd")),
 )
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from qemu_userns.cmdline.objects import CommandLine
 
 QMP, HMP = "control", "readline"
+# -object of these types is what -mon is, which QEMU 11.1 deprecates.
+OBJECTS = {"monitor-qmp": QMP, "monitor-hmp": HMP}
 _BACKENDS = ("socket", "stdio")
 _NOBODY = ("", "none", "null")  # nobody can be at the other end
 _NOT_PLAIN = ("telnet", "tn3270", "websocket", "mux")
@@ -27,6 +29,7 @@ class MonitorDevice(Record):
     obj: Object  # the -chardev, or the option in the old language
     legacy: "LegacyChardev | None"
     pretty: bool
+    ends: bool = False  # the monitor goes with its client: close-action of a monitor-qmp object
 
     def get(self, key: str) -> str:
         """Return the value of one of its members, "" if it has none."""
@@ -81,6 +84,8 @@ def _find_kind(device: MonitorDevice) -> str:
 
 def _find_speech(device: MonitorDevice) -> str:
     """Say what passes through a device besides QMP, "" where it is QMP and nothing else."""
+    if device.ends:
+        return "QMP that ends with its client"
     if device.get("tls-creds"):
         return "QMP over TLS"
     if device.legacy is not None and device.legacy.mux:
@@ -97,6 +102,10 @@ def _find_users(commandline: "CommandLine") -> "Iterator[tuple[MonitorDevice | N
             name = obj.get("chardev") or ""
             language = QMP if obj.get("mode") == "control" else HMP
             yield _use_chardev(chardevs.get(name), obj.is_on("pretty")), language, name
+        elif obj.kind == "object" and obj.get("qom-type") in OBJECTS:
+            name = obj.get("chardev") or ""
+            ends = obj.get("close-action") not in (None, "none")
+            yield _use_chardev(chardevs.get(name), obj.is_on("pretty"), ends), OBJECTS[obj.get("qom-type") or ""], name
         elif obj.kind in _USERS:
             value = obj.get("value") or ""
             language = {"qmp": QMP, "qmp-pretty": QMP, "monitor": HMP}.get(obj.kind, "")
@@ -113,6 +122,6 @@ def _find_users(commandline: "CommandLine") -> "Iterator[tuple[MonitorDevice | N
             yield None, "", obj.get("chardev") or ""
 
 
-def _use_chardev(obj: "Object | None", pretty: bool) -> "MonitorDevice | None":
+def _use_chardev(obj: "Object | None", pretty: bool, ends: bool = False) -> "MonitorDevice | None":
     """Return the device that a -chardev is, None if there is no such."""
-    return None if obj is None else MonitorDevice(obj, None, pretty)
+    return None if obj is None else MonitorDevice(obj, None, pretty, ends)

@@ -1,6 +1,7 @@
 """Build the plan from the command line, the catalogue's reading of it, and the facts. Pure."""
 
 from qemu_userns.catalogue import ways
+from qemu_userns.catalogue.monitors import OBJECTS
 from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.cmdline.source import apply_edits, drop
 from qemu_userns.cmdline.table import BUILTIN
@@ -246,7 +247,9 @@ def _choose_sandbox(commandline: "CommandLine", program: Program, settings: Sett
 
 def _has_monitor(commandline: "CommandLine") -> bool:
     """Say whether somebody can give QEMU commands: by a monitor that is named, or by the default one."""
-    named = [obj for obj in commandline.objects if obj.kind in ("mon", "monitor", "qmp", "qmp-pretty")]
+    if any(obj.kind == "mon" or (obj.kind == "object" and obj.get("qom-type") in OBJECTS) for obj in commandline.objects):
+        return True
+    named = [obj for obj in commandline.objects if obj.kind in ("monitor", "qmp", "qmp-pretty")]
     if named:
         return any(obj.get("value") != "none" for obj in named)
     return all(option.name != "nodefaults" for option in commandline.options)

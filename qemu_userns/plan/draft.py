@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # With these an NBD client connects again.
 _ANEW = ("reconnect-delay", "open-timeout")
+_MONITOR_OBJECTS = (11, 1)  # from this version on QEMU warns of -mon
 _MONITORS = ("monitor", "qmp", "qmp-pretty")
 LOWEST_OWN_FD = 300  # fds that the plan adds are numbered from here, out of the way of those that callers count from 3
 _LOW_FD_LIMIT = LOWEST_OWN_FD + 64  # below it they are numbered from as low as can be
@@ -274,7 +275,10 @@ class Draft:
         mux = ["mux=on"] if legacy.mux else []
         self.words += ("-chardev", ",".join([legacy.backend, f"id={label}", *members, *mux]))
         if legacy.mux:
-            self.words += ("-mon", f"chardev={label},mode=readline")
+            if self.version >= _MONITOR_OBJECTS:
+                self.words += ("-object", f"monitor-hmp,id=qemu-userns-{label},chardev={label}")
+            else:
+                self.words += ("-mon", f"chardev={label},mode=readline")
         self.edits.append(replace(member, f"chardev:{label}", why))
 
     def label(self, obj: "Object") -> str:

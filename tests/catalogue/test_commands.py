@@ -69,6 +69,7 @@ CASES: list[tuple[tuple[str, dict[str, Any]], list[tuple[str, str]]]] = [
     (("device_add", {"driver": "vhost-vsock-pci", "vhostfd": "n"}), [(ways.FD, "n")]),
     ((HMP, {"command-line": "device_add vhost-vsock-pci,guest-cid=3"}), [(ways.OPEN, "/dev/vhost-vsock")]),
     (("object-add", {"qom-type": "iommufd", "id": "i"}), [(ways.OPEN, "/dev/iommu")]),
+    (("object-add", {"qom-type": "monitor-qmp", "id": "m", "chardev": "c"}), [(ways.REFUSE, "monitor-qmp")]),
     (("device_add", {"driver": "usb-host", "hostdevice": "/x"}), [(ways.DEVICE, "/x")]),
     (("device_add", {"driver": "usb-host", "hostdevice": "/dev/fdset/1"}), []),
     (("device_add", {"driver": "usb-host", "hostbus": 1, "hostaddr": 2}), [(ways.USB, "/dev/bus/usb/001/002")]),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+
 import pytest
 
+from qemu_userns.catalogue.commands import HMP, find_command_needs, read_command
 from qemu_userns.cli.explain import describe_plan
 from qemu_userns.plan.build import Settings
+from qemu_userns.plan.command import build_command_plan
 from qemu_userns.plan.grants import KeepFd, Listen, Monitor, QmpSocket, Refuse, Reserved
 from qemu_userns.plan.plan import Plan
 from qemu_userns.plan.rights import READ_ONLY, MonitorRights, Rights, SocketRights, expand_path, find_rights
-from tests.plans import UID, asked_for, plan_of, read
+from tests.plans import UID, USER, asked_for, make_facts, plan_of, read
 
 PLAIN = ("-qmp", "unix:/x/new,server=on,wait=off")
 LOOK = Rights(READ_ONLY)
@@ -230,6 +235,65 @@ def test_a_note_says_which_and_what_that_means(words: tuple[str, ...], labels: d
     assert describe_plan(plan)["notes"] == [{"note": note} for note in plan.notes]
     served = {grant.label for grant in plan.grants if isinstance(grant, Monitor)}
     assert not served & labels.keys()
+
+
+# --- -object in place of -mon, from QEMU 11.1 on ------------------------------------------------------------------------
+
+CHARDEV = ("-chardev", "socket,id=m,path=/x/new,server=on,wait=off")
+SECTION = '[object "o"]\n  qom-type = "monitor-qmp"\n  chardev = "m"\n  pretty = "on"\n'
+
+
+@pytest.mark.parametrize(
+    ("words", "configs"),
+    [
+        (("-object", "monitor-qmp,id=o,chardev=m,pretty=on"), {}),
+        (("-object", '{"qom-type":"monitor-qmp","id":"o","chardev":"m","pretty":true,"close-action":"none"}'), {}),
+        (("-readconfig", "/x/file"), {3: SECTION}),
+    ],
+)
+def test_a_monitor_that_is_an_object_is_served_as_one_of_mon(words: tuple[str, ...], configs: dict[int, str]) -> None:
+    mon = plan_of(*CHARDEV, "-mon", "m,mode=control,pretty=on")
+    plan = plan_of(*CHARDEV, *words, configs=configs)
+    assert [grant for grant in plan.grants if isinstance(grant, Monitor)] == [
+        grant for grant in mon.grants if isinstance(grant, Monitor)
+    ]
+    assert (plan.words[-3], plan.words[-2:]) == (mon.words[-3], words)
+    assert plan.confinement.sandbox == mon.confinement.sandbox
+
+
+def test_objects_that_stay_qemus_own() -> None:
+    hmp = plan_of(*CHARDEV, "-object", "monitor-hmp,id=o,chardev=m")
+    ends = plan_of(*CHARDEV, "-object", "monitor-qmp,id=o,chardev=m,close-action=delete")
+    notes = [note.split(",")[0] for note in (*hmp.notes, *ends.notes)]
+    assert notes == ["monitor m: HMP", "monitor m: QMP that ends with its client"]
+    assert not [grant for grant in (*hmp.grants, *ends.grants) if isinstance(grant, Monitor)]
+    rules = Settings(monitors=(MonitorRights("m", LOOK),))
+    (refusal,) = plan_of(*CHARDEV, "-object", "monitor-qmp,id=o,chardev=m,close-action=delete", settings=rules).find_refusals()
+    assert refusal.why == "monitor m"
+
+
+@pytest.mark.parametrize(
+    ("version", "added"),
+    [
+        ((11, 0, 9), ("-mon", "chardev=serial0,mode=readline")),
+        ((11, 1, 0), ("-object", "monitor-hmp,id=qemu-userns-serial0,chardev=serial0")),
+    ],
+)
+def test_the_monitor_of_a_mux_is_made_as_qemu_wants_it(version: tuple[int, ...], added: tuple[str, str]) -> None:
+    words = plan_of("-serial", "mon:unix:/rootdir/new,server=on,wait=off", root=True, version=version).words
+    assert [pair for pair in itertools.pairwise(words) if pair[0] in ("-mon", "-object")] == [added]
+
+
+def test_a_monitor_is_not_made_while_qemu_runs() -> None:
+    for kind in ("monitor-qmp", "monitor-hmp"):
+        text = json.dumps({"execute": "object-add", "arguments": {"qom-type": kind, "id": "o", "chardev": "m"}})
+        line = json.dumps({"execute": HMP, "arguments": {"command-line": f"object_add {kind},id=o,chardev=m"}})
+        for name, command in (("object-add", text), (HMP, line)):
+            objects = read_command(name, command)
+            plan = build_command_plan(name, command, objects, find_command_needs(name, objects), make_facts(), USER, 7)
+            (refusal,) = plan.find_refusals()
+            assert "past the rights" in refusal.reason
+            assert "any number of clients" in (refusal.hint or "")
 
 
 # --- passthrough ------------------------------------------------------------------------------------------------------
