@@ -9,7 +9,7 @@ Source: QEMU's qapi/*.json and hmp-commands.hx, 7.2 to 11.0.
 from qemu_userns.catalogue import ways
 from qemu_userns.catalogue.rows import ROWS, Row
 
-_FILES_WRITTEN = "screendump memsave pmemsave dumpdtb dump-skeys xen-save-devices-state logfile trace-file"
+_FILES_WRITTEN = "screendump memsave pmemsave dump-skeys xen-save-devices-state logfile trace-file"
 _MACHINE_FILES = ("kernel", "initrd", "dtb", "shim")
 _NOT_ABSTRACT = ("abstract", ("", "off"))
 _OWN_MONITOR = "a monitor that is made while QEMU runs would be QEMU's own, past the rights of this one's clients"
@@ -55,6 +55,7 @@ _ROWS: "tuple[Row, ...]" = (
     Row("dump-guest-memory", "protocol", ways.DUMP),
     Row("dump-guest-memory", "filename", ways.WRITE),
     *(Row(command, "filename", ways.WRITE) for command in _FILES_WRITTEN.split()),
+    Row("dumpdtb", "filename", ways.MADE),  # g_file_set_contents(3) writes another file, and renames it
     Row("xen-load-devices-state", "filename", ways.READ),
     Row("wavcapture", "path", ways.WRITE),
     Row("qom-set", "value", ways.READ, (("property", _MACHINE_FILES),)),

@@ -159,7 +159,7 @@ CASES: list[tuple[tuple[str, dict[str, Any]], list[tuple[str, str]]]] = [
     (("dump-guest-memory", {"paging": False, "protocol": "exec:cat"}), []),
     *[
         ((name, {"filename": "/x"}), [(ways.WRITE, "/x")])
-        for name in ("screendump", "memsave", "pmemsave", "dumpdtb", "dump-skeys", "xen-save-devices-state")
+        for name in ("screendump", "memsave", "pmemsave", "dump-skeys", "xen-save-devices-state")
     ],
     (("xen-load-devices-state", {"filename": "/x"}), [(ways.READ, "/x")]),
     (("qom-set", {"path": "/machine", "property": "kernel", "value": "/x"}), [(ways.READ, "/x")]),
@@ -176,7 +176,8 @@ CASES: list[tuple[tuple[str, dict[str, Any]], list[tuple[str, str]]]] = [
     (hmp("dump-guest-memory /x"), [(ways.WRITE, "/x")]),
     (hmp('memsave 0 1 "/x"'), [(ways.WRITE, "/x")]),
     (hmp('pmemsave 0 1 "/x"'), [(ways.WRITE, "/x")]),
-    (hmp("dumpdtb /x"), [(ways.WRITE, "/x")]),
+    (("dumpdtb", {"filename": "/x"}), [(ways.MADE, "/x")]),
+    (hmp("dumpdtb /x"), [(ways.MADE, "/x")]),
     (hmp("dump-skeys /x"), [(ways.WRITE, "/x")]),
     (hmp("logfile /x"), [(ways.WRITE, "/x")]),
     (hmp("trace-file set /x"), [(ways.WRITE, "/x")]),

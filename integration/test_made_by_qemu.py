@@ -1,0 +1,61 @@
+"""Files that QEMU makes beside others and gives their name at last, so that it is shown their directory; against plain QEMU."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from typing import TYPE_CHECKING
+
+import pytest
+
+from integration.plugged import Client
+from integration.shares import Launch, dropin_words
+from integration.talk import connected, outcome, started
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
+
+NAME = "qemu-system-aarch64"
+MACHINE = ["-M", "virt", "-cpu", "cortex-a57", "-nodefaults", "-display", "none"]
+
+
+@pytest.fixture
+def place(launch: Launch, shared_tmp: Path) -> Path:
+    """A folder that QEMU's id may write, where it has a name."""
+    folder = shared_tmp / "place"
+    folder.mkdir()
+    if launch.user is not None:
+        os.chown(folder, *pwd.getpwnam(launch.user)[2:4])
+    folder.chmod(0o777)
+    return folder
+
+
+def words(launch: Launch) -> list[str]:
+    path, *more = dropin_words()
+    return [f"{path.rpartition('/')[0]}/{NAME}", *more, *launch.options]
+
+
+def test_a_device_tree_is_written(launch: Launch, place: Path) -> None:
+    for who, name in (([NAME], "plain"), (words(launch), "ours")):
+        machine = [*MACHINE[2:], "-M", f"virt,dumpdtb={place / name}"]
+        status, _, stderr = outcome(who, *machine)
+        assert status == 0, stderr
+    trees = [(place / name).read_bytes() for name in ("plain", "ours")]
+    assert [tree[:4] for tree in trees] == [b"\xd0\x0d\xfe\xed"] * 2
+    assert len(trees[0]) == len(trees[1])
+
+
+def test_a_device_tree_is_written_while_qemu_runs(launch: Launch, place: Path) -> None:
+    monitor = place / "qmp"
+    with started([*words(launch), *MACHINE, "-S", "-qmp", f"unix:{monitor},server=on,wait=off"]), connected(monitor) as connection:
+        client = Client(connection)
+        for _ in range(2):  # the second one replaces the first
+            client.execute("dumpdtb", filename=str(place / "qmp-tree"))
+        client.hmp(f"dumpdtb {place / 'hmp-tree'}")
+        client.execute("quit")
+    trees = [(place / name).read_bytes() for name in ("qmp-tree", "hmp-tree")]
+    assert trees[0] == trees[1]
+    assert trees[0][:4] == b"\xd0\x0d\xfe\xed"
+    assert sorted(path.name for path in place.iterdir() if path.name.endswith("tree")) == ["hmp-tree", "qmp-tree"]
