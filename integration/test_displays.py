@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from integration.brokered import served
+from integration.plugged import Client
 from integration.talk import DEADLINE_S, IDLE, PLAIN, Running, connected, outcome, running, started, supervisor_of, wait_until
 
 if TYPE_CHECKING:
@@ -198,6 +199,20 @@ def test_a_window_on_the_callers_desktop_is_refused_with_the_reason(dropin: list
 def test_a_window_is_qemus_own_affair_where_it_sees_the_host(dropin: list[str]) -> None:
     options = ["-nodefaults", "-M", "none", "-display", "gtk"]
     assert outcome([*dropin, "-userns", "fs=host"], *options)[2] == outcome(PLAIN, *options)[2]
+
+
+def test_without_a_display_it_is_vnc_where_plain_qemu_would_open_a_window(dropin: list[str], shared_tmp: Path) -> None:
+    """The module is one in name only: QEMU is not to try it."""
+    (shared_tmp / "ui-gtk.so").touch()
+    place = shared_tmp / "qmp"
+    environ = {**os.environ, "QEMU_MODULE_DIR": str(shared_tmp)}
+    words = [*dropin, "-nodefaults", "-M", "none", "-qmp", f"unix:{place},server=on,wait=off"]
+    with started(words, env=environ, stdout=subprocess.DEVNULL), connected(place) as connection:
+        client = Client(connection)
+        shown = client.execute("query-vnc")
+        assert (shown["enabled"], shown["host"] in ("127.0.0.1", "::1")) == (True, True)
+        assert client.execute("query-display-options") == {"type": "none"}
+        client.execute("quit")
 
 
 def test_dbus_on_a_bus_is_refused(dropin: list[str]) -> None:

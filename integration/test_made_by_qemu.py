@@ -49,7 +49,8 @@ def test_a_device_tree_is_written(launch: Launch, place: Path) -> None:
 
 def test_a_device_tree_is_written_while_qemu_runs(launch: Launch, place: Path) -> None:
     monitor = place / "qmp"
-    with started([*words(launch), *MACHINE, "-S", "-qmp", f"unix:{monitor},server=on,wait=off"]), connected(monitor) as connection:
+    command = [*words(launch), *MACHINE, "-S", "-qmp", f"unix:{monitor},server=on,wait=off"]
+    with started(command), connected(monitor) as connection:
         client = Client(connection)
         for _ in range(2):  # the second one replaces the first
             client.execute("dumpdtb", filename=str(place / "qmp-tree"))

@@ -2,7 +2,7 @@
 
 from qemu_userns.catalogue.needs import find_needs
 from qemu_userns.host.facts import look_at_host
-from qemu_userns.plan.build import Program, Settings, build_plan
+from qemu_userns.plan.build import Program, Settings, build_plan, names_display
 from qemu_userns.plan.facts import directory_of
 from qemu_userns.plan.rights import expand_path
 
@@ -28,6 +28,10 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
     extra = (*extra_dirs, *_places(config, commandline), *(met.path for met in start.stand_ins.values()))
     facts = look_at_host(needs, commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra, config.taps)
     facts = facts.replace(stand_ins=start.stand_ins) if start.stand_ins else facts
+    if not names_display(commandline):
+        from qemu_userns.host.windows import opens_window
+
+        facts = facts.replace(window=opens_window(qemu.path, request.environ))
     program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
     settings = Settings(
         config.fs == "host",

@@ -187,13 +187,14 @@ def plan_of(
     version: tuple[int, ...] = (7, 2, 22),
     refused_taps: tuple[tuple[str, str], ...] = (),
     fd_limit: int = 1024,
+    window: bool = False,
 ) -> Plan:
     """Plan a command line for an unprivileged caller, or for root with leased ids; `paths` are those not as their names say."""
     commandline = read(*words, configs=configs)
     needs = find_needs(commandline)
     program = Program("/usr/bin/file-qemu", version, seccomp, ())
     facts = make_facts(root, fds, images, environ, landlock_abi, lock_limit, refused_taps, fd_limit)
-    facts = facts.replace(paths=MadeUpPaths(root, paths), stand_ins=MadeUpStandIns())
+    facts = facts.replace(paths=MadeUpPaths(root, paths), stand_ins=MadeUpStandIns(), window=window)
     return build_plan("qemu", commandline, needs, facts, LEASED if root else USER, program, settings or Settings(), leased=root)
 
 

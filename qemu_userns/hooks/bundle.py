@@ -41,6 +41,7 @@ _GROUPS = (
     ("qemu_userns.host.programs",),
     ("qemu_userns.plan.taps", "qemu_userns.host.taps"),
     ("qemu_userns.host.settings_taps",),
+    ("qemu_userns.host.windows",),
     ("qemu_userns.host.tap_settings",),
     ("qemu_userns.host.memory", "qemu_userns.plan.memory"),
     ("qemu_userns.host.vfio", "qemu_userns.plan.vfio"),

@@ -103,7 +103,7 @@ def look_at_host(
         refused_settings,
         knows_machine(),
         limit,
-        not_taps,
+        not_taps=not_taps,
     )
 
 

@@ -46,6 +46,9 @@ _SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1, 2
 # On ABI 1 (Linux 5.13 to 5.18) every rename between directories is refused, which breaks 9p shares.
 _LOWEST_LANDLOCK_ABI = 2
 _DISPLAYS_WITH_SOCKETS = ("gtk", "sdl", "dbus", "spice-app")
+# The options after which QEMU looks for no display by itself, and what it falls back to; system/vl.c.
+_DISPLAYS = frozenset(("display", "nographic", "vnc", "spice", "sdl", "curses"))
+_DEFAULT_VNC = "localhost:0,to=99,id=default"
 _SPAWNING_OPTIONS = frozenset(("daemonize", "async-teardown"))
 
 
@@ -107,6 +110,7 @@ def build_plan(
         refuse_unused(draft)
     _keep_for_incoming(draft, commandline)
     _add_default_kvm(draft, commandline, program)
+    _add_default_display(draft)
     _add_temporary(draft, commandline)
     _consume_own(draft, commandline)
     sandbox = _add_sandbox(draft, commandline, program, settings)
@@ -172,6 +176,23 @@ def _add_default_kvm(draft: Draft, commandline: "CommandLine", program: Program)
     named = any(obj.kind == "accel" or (obj.kind == "machine" and obj.get("accel")) for obj in commandline.objects)
     if not named and all(option.name != "enable-kvm" for option in commandline.options):
         add_kvm(draft, "the accelerator that this QEMU takes by itself")
+
+
+def names_display(commandline: "CommandLine") -> bool:
+    """Say whether the command line says what QEMU shall show, and so keeps it from looking for something by itself."""
+    return any(option.name in _DISPLAYS for option in commandline.options)
+
+
+def _add_default_display(draft: Draft) -> None:
+    """Have QEMU do without a window what it does where it has none to open: VNC for this host (qemu_init_displays() of vl.c)."""
+    if not draft.facts.window or draft.host_tree != NO_HOST:
+        return
+    draft.words[:0] = ["-display", "none", "-vnc", _DEFAULT_VNC]
+    if any(draft.facts.environment.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")):
+        draft.warnings.append(
+            "QEMU does not see the desktop, so it opens no window: it is a VNC server for this host instead; "
+            "-display none, -nographic, -vnc, -spice or fs=host says what is wanted"
+        )
 
 
 def _find_unknown(commandline: "CommandLine") -> "tuple[str, ...]":

@@ -127,5 +127,6 @@ class HostFacts(Record):
     call_filter: bool = False  # whether a seccomp filter can be built for this machine
     # RLIMIT_MEMLOCK: soft, and how high it may be set; -1 for none (looked up where memory is locked)
     lock_limit: "tuple[int, int]" = (-1, -1)
+    window: bool = False  # QEMU would open one, since nobody says what it shall show
     not_taps: "frozenset[int]" = frozenset()  # fds of the caller that the command line names as taps, and are none
     stand_ins: "Mapping[Object, StandIn]" = {}  # noqa: RUF012 (never changed) by the share
