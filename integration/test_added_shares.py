@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import stat
 import subprocess
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from integration.shares import Launch, SharedVm, dropin_words, launches, module_folder, mount_options, shared_vm, tree
+from integration.leftovers import process_table
+from integration.shares import Launch, SharedVm, dropin_words, launches, module_folder, mount_options, tree
+from integration.talk import fds_of, is_alive, running, started, status_of, wait_until
+from integration.vm import running_guest
+from qemu_userns.supervisor.registry import find_run_dir
 from tests.conftest import CHECKOUT
 
 if TYPE_CHECKING:
@@ -22,10 +27,14 @@ pytestmark = [pytest.mark.qemu, pytest.mark.dropin, pytest.mark.newuidmap, pytes
 
 COMMAND = str(CHECKOUT / ".venv/bin/qemu-userns")
 OVERFLOW = 65534
-DRIVERS = ("9p",)
+DRIVERS = ("9p", "virtiofs", "both")
 LAUNCHES = [*launches(), *([Launch("nobody", ("-runas", "nobody"), "nobody")] if os.geteuid() == 0 else [])]
 LXD = ("both 65534 0", "both 1000-1999 1000-1999", "uid 5000 5", "gid 6000 5")
-MOUNTS = {"9p": "mount -t 9p -o trans=virtio,version=9p2000.L,msize=524288"}
+MOUNTS = {
+    "9p": "mount -t 9p -o trans=virtio,version=9p2000.L,msize=524288",
+    "virtiofs": "mount -t virtiofs",
+    "both": "mount -t virtiofs",
+}
 
 
 def share(path: Path, tag: str, driver: str, *lines: str, more: str = "") -> list[str]:
@@ -66,7 +75,8 @@ def vm(request: pytest.FixtureRequest) -> Iterator[tuple[SharedVm, str]]:
         )
         if os.geteuid() == 0:
             extra += share(folder / "plain", "plain", driver)
-        vm = stack.enter_context(shared_vm(launch, extra, folder))
+        guest = stack.enter_context(running_guest(dropin_words(), tmp=folder, extra=[*extra, *launch.options]))
+        vm = SharedVm(launch, folder, guest)
         for tag in ("mapped", "ro", *(("plain",) if os.geteuid() == 0 else ())):
             vm.guest.check(f"mkdir -p /{tag}; {MOUNTS[driver]} {tag} /{tag}")
         yield vm, driver
@@ -130,9 +140,108 @@ def test_read_only_holds_against_a_guest_that_remounts(vm: tuple[SharedVm, str])
 
 def test_the_view_has_the_shares_without_set_uid_and_devices(vm: tuple[SharedVm, str]) -> None:
     found, driver = vm
-    if driver == "9p":
+    if driver == "virtiofs":
+        assert str(found.folder / "mapped") not in (found.guest.proc / "mountinfo").read_text()
+    else:
         assert {"nosuid", "nodev", "rw"} <= mount_options(found.guest.proc, found.folder / "mapped")
         assert {"nosuid", "nodev", "ro"} <= mount_options(found.guest.proc, found.folder / "ro")
+
+
+def test_both_are_the_same_directory_with_the_same_owners(vm: tuple[SharedVm, str]) -> None:
+    found, driver = vm
+    if driver != "both":
+        assert found.guest.run(f"mkdir -p /other; {MOUNTS['9p' if driver == 'virtiofs' else 'virtiofs']} mapped /other")[0] != 0
+        return
+    answer = found.guest.check(f"""mkdir -p /by9p; {MOUNTS["9p"]} mapped /by9p; cd /mapped; echo one >there; chown 1000:1001 there
+        cat /by9p/there; stat -c '%u %g' /by9p/there; echo two >/by9p/here; chown 1001:1000 /by9p/here; stat -c '%u %g' here
+        cat here""")
+    assert answer == "one\n1000 1001\n1001 1000\ntwo\n"
+    (there, here) = owners(found.folder / "mapped", "there", "here")
+    assert (there[0], here[1]) == ((1000, 1000) if os.geteuid() == 0 else (found.uid(1000), found.gid(1000)))
+
+
+# --- virtiofsd, the process ------------------------------------------------------------------------------------------
+
+
+IDLE_VIRTIOFS = ("-nodefaults", "-display", "none", "-M", "q35", "-m", "64", "-S")
+
+
+def find_daemons(pid: int) -> list[int]:
+    """Return the pids of the virtiofsds in the user namespace of a QEMU."""
+    namespace = os.readlink(f"/proc/{pid}/ns/user")
+    return [
+        other
+        for other, (_, command) in process_table().items()
+        if "virtiofsd --fd=" in command and is_alive(other) and os.readlink(f"/proc/{other}/ns/user") == namespace
+    ]
+
+
+def test_a_virtiofsd_is_confined_and_ends_with_qemu(launch: Launch, shared_tmp: Path) -> None:
+    folder = launch.own(shared_tmp)
+    words = [*dropin_words(), *launch.options, *share(folder, "tag", "virtiofs")]
+    with running(words, *IDLE_VIRTIOFS, idle=False) as qemu:
+        (daemon,) = find_daemons(qemu.process.pid)
+        status = status_of(daemon)
+        assert status["NSpid"].split()[1:] == ["1"]
+        assert status["NoNewPrivs"] == "1"
+        assert int(status["CapEff"], 16) & ~0x8804_01DB == 0  # chown to setpcap, sys_chroot, mknod, setfcap
+        assert set(status["Uid"].split()) == set(status_of(qemu.process.pid)["Uid"].split())
+        for kind in ("mnt", "net", "ipc", "pid"):
+            assert os.readlink(f"/proc/{daemon}/ns/{kind}") not in (os.readlink(f"/proc/self/ns/{kind}"),), kind
+        mounts = Path(f"/proc/{daemon}/mountinfo").read_text().splitlines()
+        assert [line.split()[4] for line in mounts] == ["/"]  # behind its chroot there is the share alone
+        assert {"nosuid", "nodev"} <= set(mounts[0].split()[5].split(","))
+        opened = {target for number, target in fds_of(daemon).items() if int(number) > 2}
+        assert not [target for target in opened if target.startswith(("/dev", str(shared_tmp)))], opened
+        qemu.process.kill()
+        qemu.process.wait()
+        wait_until(lambda: not is_alive(daemon), "virtiofsd's end")
+
+
+def test_a_virtiofsd_that_dies_is_told_of_and_qemu_lives(launch: Launch, shared_tmp: Path) -> None:
+    words = [*dropin_words(), *launch.options, *share(launch.own(shared_tmp), "tag", "virtiofs")]
+    with running(words, *IDLE_VIRTIOFS, idle=False) as qemu:
+        pid = qemu.process.pid
+        (daemon,) = find_daemons(pid)
+        os.kill(daemon, signal.SIGKILL)
+        log = Path(find_run_dir(os.geteuid())) / "vms" / f"{pid}.log"
+        wait_until(lambda: "share tag: /usr/" in log.read_text(), "a line in the log")
+        assert "virtiofsd has ended, and the guest's mount of it hangs" in log.read_text()
+        assert qemu.qmp.execute("query-status")["status"] == "prelaunch"
+        qemu.quit()
+
+
+def test_a_stopped_virtiofsd_is_ended_by_the_supervisor(launch: Launch, shared_tmp: Path) -> None:
+    """It hears nothing of QEMU's end; without a monitor there is a supervisor all the same."""
+    words = [*dropin_words(), *launch.options, *share(launch.own(shared_tmp), "tag", "virtiofs"), *IDLE_VIRTIOFS]
+    pidfile = shared_tmp / "pid"
+    with started([*words, "-pidfile", str(pidfile)]) as process:
+        wait_until(lambda: pidfile.read_text().strip(), "QEMU's pidfile")
+        (daemon,) = find_daemons(process.pid)
+        os.kill(daemon, signal.SIGSTOP)
+        process.terminate()
+        process.wait()
+        wait_until(lambda: not is_alive(daemon), "virtiofsd's end")
+
+
+def test_a_daemonized_qemu_lets_go_of_the_caller(launch: Launch, shared_tmp: Path) -> None:
+    """No process that stays holds the pipes of who started it."""
+    folder = launch.own(shared_tmp)
+    words = [*dropin_words(), *launch.options, *share(folder, "tag", "virtiofs"), *IDLE_VIRTIOFS]
+    pidfile = shared_tmp / "pid"
+    done = subprocess.run([*words, "-daemonize", "-pidfile", str(pidfile)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    pid = int(pidfile.read_text())
+    (daemon,) = find_daemons(pid)
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not is_alive(daemon) and not is_alive(pid), "the end of both")
+
+
+def test_a_launch_that_fails_leaves_no_virtiofsd(launch: Launch, shared_tmp: Path) -> None:
+    words = [*dropin_words(), *launch.options, *share(launch.own(shared_tmp), "tag", "virtiofs"), *IDLE_VIRTIOFS]
+    done = subprocess.run([*words, "-device", "no-such-device"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "no-such-device" in done.stderr
 
 
 # --- where it is said ------------------------------------------------------------------------------------------------
@@ -175,6 +284,8 @@ def test_off_adds_nothing(shared_tmp: Path) -> None:
         ("share={}", "has no tag"),
         ("share={},tag=t,driver=nfs", "'nfs' is not a choice"),
         ("share={},tag=t,map=both 0 1000", "maps host root"),
+        ("share={}/absent,tag=t,driver=virtiofs", "absent: No such file or directory"),
+        ("share={},tag=t,driver=both,security_model=mapped-xattr", "virtiofsd has no security_model=mapped-xattr"),
         ("share={},tag=t,security_model=mapped-xattr,map=both 65534 0", "keeps the guest's ids beside the files"),
     ],
 )

@@ -67,6 +67,10 @@ def _carry_out(start: "Start", supervisor: "Supervisor", request: "Request") -> 
     try:
         open_grants(plan.grants, plan.identity, None if start.lease is None else start.lease.fd, opened)
         namespaces = supervisor.open_namespaces()
+        if plan.has_daemons:
+            from qemu_userns.sandbox.daemons import start_daemons
+
+            start_daemons(plan, namespaces, None if start.lease is None else start.lease.fd, opened)
         if plan.needs_supervisor:
             from qemu_userns.supervisor.state import build_state, write_state
 

@@ -1,6 +1,9 @@
 """Look at the host, and build the plan: for `run` to carry out and for `explain` to print."""
 
+import os
+
 from qemu_userns.catalogue.needs import find_needs
+from qemu_userns.host.cache import cache_dir
 from qemu_userns.host.facts import look_at_host
 from qemu_userns.plan.build import Program, Settings, build_plan, names_display
 from qemu_userns.plan.facts import directory_of
@@ -25,13 +28,18 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
     qemu, config, commandline = start.asked.qemu, start.asked.config, start.asked.commandline
     needs = find_needs(commandline)
     extra_dirs = (*qemu.library_dirs, *qemu.data_dirs, *_module_dirs(request.environ))
-    extra = (*extra_dirs, *_places(config, commandline), *(met.path for met in start.stand_ins.values()))
+    served = [share.path for share in config.shares if start.asked.added and share.by_virtiofs]
+    extra = (*extra_dirs, *served, *_places(config, commandline), *(met.path for met in start.stand_ins.values()))
     facts = look_at_host(needs, commandline.objects, start.caller, start.identity, request.environ, qemu.path, extra, config.taps)
     facts = facts.replace(stand_ins=start.stand_ins) if start.stand_ins else facts
     if not names_display(commandline):
         from qemu_userns.host.windows import opens_window
 
         facts = facts.replace(window=opens_window(qemu.path, request.environ))
+    if served:
+        from qemu_userns.host.virtiofsd import find_virtiofsd
+
+        facts = facts.replace(virtiofsd=find_virtiofsd(cache_dir(request.environ, os.geteuid())))
     program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
     settings = Settings(
         config.fs == "host",
@@ -44,6 +52,7 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
         config.net,
         config.taps,
         start.asked.added,
+        config.shares if start.asked.added else (),
     )
     return build_plan(request.argv[0], commandline, needs, facts, start.identity, program, settings, start.lease is not None)
 

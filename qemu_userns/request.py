@@ -102,7 +102,7 @@ def read_request(request: Request, config: "Config") -> Asked:
     if any(key.startswith("share.") for key, _ in (*request.settings, *ours)):
         from qemu_userns.host.shares import check_names
 
-        check_names((key for key, _ in (*request.settings, *ours)), commandline.objects)
+        check_names((key for key, _ in (*request.settings, *ours)), commandline.objects, config.shares)
     return Asked(qemu, config, commandline, added)
 
 
@@ -135,7 +135,8 @@ def find_start(asked: Asked, request: Request) -> Start:
     if share_maps:
         from qemu_userns.host.shares import find_mapped, list_mapped
 
-        mapped = find_mapped(list_mapped(commandline.objects, share_maps, stand_ins), caller.root)
+        shares = asked.config.shares if asked.added else ()
+        mapped = find_mapped(list_mapped(commandline.objects, share_maps, stand_ins, shares), caller.root)
     identity, lease = find_identity(caller, user, asked.config, preferred, request.preview, mapped)
     return Start(asked, caller, identity, lease, share_maps, stand_ins)
 

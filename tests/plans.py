@@ -29,6 +29,7 @@ from qemu_userns.plan.facts import (
     PathFact,
     StandIn,
     VfioFact,
+    VirtiofsdFact,
 )
 from qemu_userns.plan.grants import (
     Bind,
@@ -52,6 +53,7 @@ from qemu_userns.plan.grants import (
     Refuse,
     Reserved,
     Tap,
+    Virtiofsd,
 )
 from qemu_userns.plan.identity import DIRECT, NEWIDMAP, Identity, MapEntry
 
@@ -82,6 +84,8 @@ KINDS = {
 }
 USER = Identity(UID, UID, (UID,), False, NEWIDMAP, (MapEntry(0, UID, 1),), (MapEntry(0, UID, 1),), "the caller")
 LEASED = Identity(600_000, 600_000, (), True, DIRECT, (MapEntry(0, 600_000, 65536),), (MapEntry(0, 600_000, 65536),), "leased")
+
+VIRTIOFSD = VirtiofsdFact("/usr/lib/qemu/virtiofsd", modern=False)
 
 
 class MadeUpStandIns(dict[Object, StandIn]):
@@ -188,13 +192,15 @@ def plan_of(
     refused_taps: tuple[tuple[str, str], ...] = (),
     fd_limit: int = 1024,
     window: bool = False,
+    virtiofsd: VirtiofsdFact | None = VIRTIOFSD,
 ) -> Plan:
     """Plan a command line for an unprivileged caller, or for root with leased ids; `paths` are those not as their names say."""
     commandline = read(*words, configs=configs)
     needs = find_needs(commandline)
     program = Program("/usr/bin/file-qemu", version, seccomp, ())
     facts = make_facts(root, fds, images, environ, landlock_abi, lock_limit, refused_taps, fd_limit)
-    facts = facts.replace(paths=MadeUpPaths(root, paths), stand_ins=MadeUpStandIns(), window=window)
+    stand_ins = MadeUpStandIns()
+    facts = facts.replace(paths=MadeUpPaths(root, paths), stand_ins=stand_ins, window=window, virtiofsd=virtiofsd)
     return build_plan("qemu", commandline, needs, facts, LEASED if root else USER, program, settings or Settings(), leased=root)
 
 
@@ -232,6 +238,8 @@ def brief(grant: Grant) -> str:
             return f"{grant.protocol} {grant.path} by {grant.label}"
         case KeepFd():
             return f"fd {grant.number}" + (" reopened" if grant.reopened else "")
+        case Virtiofsd():
+            return f"virtiofsd {'rw' if grant.writable else 'ro'} {grant.path}" + ("" if grant.idmap is None else " as owner")
         case OpenFd():
             return f"open {grant.path} {('r', 'w', 'rw')[grant.flags & 3]}" + ("" if grant.fdset else " alone")
         case LockLimit():

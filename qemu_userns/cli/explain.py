@@ -15,6 +15,7 @@ from qemu_userns.plan.grants import (
     QmpSocket,
     Reserved,
     Tap,
+    Virtiofsd,
 )
 from qemu_userns.plan.identity import CALLERS_NETWORK, NO_NETWORK
 from qemu_userns.plan.plan import NO_HOST
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from qemu_userns.plan.plan import Confinement, Plan
     from qemu_userns.request import Request
 
-_FD_GRANTS = (KeepFd, OpenFd, Tap, Helper, Listen, Connect, Reserved)
+_FD_GRANTS = (KeepFd, OpenFd, Tap, Helper, Listen, Connect, Reserved, Virtiofsd)
 _NETWORKS = {CALLERS_NETWORK: "the caller's", NO_NETWORK: "QEMU's own, without any interface"}
 _CAPABILITIES = {0: "chown", 1: "dac_override", 3: "fowner", 4: "fsetid"}
 _SCOPES = {1: "abstract sockets", 2: "signals"}

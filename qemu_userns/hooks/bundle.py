@@ -33,6 +33,8 @@ _GROUPS = (
     ("qemu_userns.plan.displays",),
     ("qemu_userns.plan.idmaps", "qemu_userns.host.shares"),
     ("qemu_userns.host.settings_shares",),
+    ("qemu_userns.plan.virtiofs", "qemu_userns.host.virtiofsd", "qemu_userns.sandbox.daemons"),
+    ("qemu_userns.supervisor.daemons",),
     ("qemu_userns.host.stand_ins",),
     ("qemu_userns.host.network",),
     ("qemu_userns.host.images",),

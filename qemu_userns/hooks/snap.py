@@ -1,8 +1,8 @@
 """The tree of a content snap with the drop-in, for LXD's own snap.
 
 LXD's snap runs the QEMU of a snap that is connected to its plug `qemu-external`, from PREFIX/bin, with the libraries of
-PREFIX/lib and the data of PREFIX/share (LXD 5.21.3 and 6.2 on; its snapcraft/commands/daemon.start). The interpreter there is that
-of the snap's base, which has to be Python 3.12 (core24) or later: the package unshare is compiled for one interpreter.
+PREFIX/lib and the data of PREFIX/share (LXD 5.21.3 and 6.2 on; its snapcraft/commands/daemon.start). The interpreter there is of
+the snap's base, which has to be Python 3.12 (core24) or later: the package unshare is compiled for one interpreter.
 """
 
 import os

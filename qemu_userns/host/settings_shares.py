@@ -81,6 +81,9 @@ def check_shares(config: "Config", objects: "Sequence[Object]") -> None:
             raise UsageError(what, "has no path", f"give share.{share.tag}.path, or -userns share=PATH,tag={share.tag}")
         if len(share.tag.encode(errors="surrogateescape")) > _TAG_MAX_BYTES:
             raise UsageError(what, f"its tag is longer than the {_TAG_MAX_BYTES} bytes that a guest can be told", "shorten it")
+        if share.by_virtiofs and share.model != AddedShare.model:
+            hint = f"use security_model={AddedShare.model}, or driver=9p"
+            raise UsageError(what, f"virtiofsd has no security_model={share.model}", hint)
         if share.tag in taken:
             raise UsageError(what, "the command line has a share of that name already", "give one of them another tag")
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from qemu_userns.cmdline.objects import Object
+    from qemu_userns.plan.added_shares import AddedShare
     from qemu_userns.plan.facts import StandIn
     from qemu_userns.plan.idmaps import ShareMap
 
@@ -26,17 +27,19 @@ class Mapped(Record):
     own: "ShareMap | None"  # the one that QEMU's user namespace has to have, because no idmapped mount can
 
 
-def check_names(keys: "Iterable[str]", objects: "Sequence[Object]") -> None:
+def check_names(keys: "Iterable[str]", objects: "Sequence[Object]", added: "Sequence[AddedShare]") -> None:
     """Refuse a setting for a share that the command line does not have.
 
     Args:
         keys: of the settings beside the command line; a configuration file may have some for the shares of other VMs.
         objects: of the command line.
+        added: shares of the settings' own.
 
     Raises:
         UsageError: there is no such share.
     """
-    known = frozenset().union(*(find_names(share, objects) for share in objects if share.kind in SHARE_KINDS))
+    named = (find_names(share, objects) for share in objects if share.kind in SHARE_KINDS)
+    known = frozenset(share.tag for share in added).union(*named)
     for key in keys:
         name = key.removeprefix("share.").rpartition(".")[0]
         if key.startswith("share.") and key.endswith(".idmap") and name not in known:
@@ -45,7 +48,10 @@ def check_names(keys: "Iterable[str]", objects: "Sequence[Object]") -> None:
 
 
 def list_mapped(
-    objects: "Sequence[Object]", maps: "Sequence[ShareMap]", stand_ins: "Mapping[Object, StandIn]"
+    objects: "Sequence[Object]",
+    maps: "Sequence[ShareMap]",
+    stand_ins: "Mapping[Object, StandIn]",
+    added: "Sequence[AddedShare]" = (),
 ) -> "Iterator[tuple[ShareMap, str]]":
     """Yield the shares of a command line that have maps, by the settings or by their stand-ins, and the paths of their roots."""
     for share in objects:
@@ -53,6 +59,10 @@ def list_mapped(
         path = stand_ins[share].path if share in stand_ins else share.get("path")
         if found is not None and path and (share in stand_ins or share.get("security_model") in MAPPABLE):
             yield found, path
+    for own in added:
+        found = next((found for found in reversed(maps) if found.name == own.tag), None)
+        if found is not None and own.by_virtiofs and not own.by_9p:
+            yield found, own.path
 
 
 def find_mapped(shares: "Iterable[tuple[ShareMap, str]]", root: bool) -> "Mapped | None":

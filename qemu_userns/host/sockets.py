@@ -62,9 +62,7 @@ def _listen(path: str, given: str, privileged: bool, backlog: int, opened: "Open
     return fd
 
 
-def listen_unix(
-    path: str, given: str, privileged: bool, backlog: int, mode: "int | None" = None
-) -> "tuple[int, os.stat_result]":
+def listen_unix(path: str, given: str, privileged: bool, backlog: int, mode: "int | None" = None) -> "tuple[int, os.stat_result]":
     """Bind and listen as QEMU does: what is at the path goes, mode and owner are the umask's and the caller's.
 
     A given `mode` is the socket's from the moment at which it has a name: unix_bind() of the kernel takes what the socket has,
@@ -166,6 +164,22 @@ def _bind_nameless(socket: "Socket", parent: Parent, address: str) -> int:
         raise ResourceError(address, "it was replaced while QEMU was being started")
     os.unlink(parent.name, dir_fd=parent.fd)
     return way_in
+
+
+def connect_pair() -> "tuple[int, int]":
+    """Return owned fds of a socket that listens and has no name any more, and of the one connection to it.
+
+    Raises:
+        OSError: as bind(2) and connect(2).
+        ResourceError: no directory for it can be written.
+    """
+    listening, connected = _new_socket(), _new_socket()
+    os.fchmod(listening.fileno(), 0o600)
+    place = _bind_anywhere(listening)
+    listening.listen(1)
+    connected.connect(f"/proc/self/fd/{place}")
+    os.close(place)
+    return listening.detach(), connected.detach()
 
 
 def _bind_anywhere(socket: "Socket") -> int:

@@ -16,6 +16,7 @@ from qemu_userns.record import Record
 
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 _ALLOW, _EPERM, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
+_ZERO = 0x00050000  # the call does nothing and returns 0
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_OR_EQUAL, _RETURN = 0x20, 0x15, 0x35, 0x06
 _OFFSET_NUMBER, _OFFSET_ARCHITECTURE, _OFFSET_ARGUMENTS = 0, 4, 16
 _X32_BIT = 0x40000000
@@ -37,16 +38,17 @@ class _Machine(Record):
     prlimit64: int
     ioprio_set: int
     keys: "tuple[int, ...]"  # add_key, request_key, keyctl
+    getgroups: int
 
 
-_GENERIC = _Machine(0, (129, 131, 138, 240), 130, 25, 29, 261, 30, (217, 218, 219))
+_GENERIC = _Machine(0, (129, 131, 138, 240), 130, 25, 29, 261, 30, (217, 218, 219), 158)
 _MACHINES = {
-    "x86_64": _Machine(0xC000003E, (62, 234, 129, 297), 200, 72, 16, 302, 251, (248, 249, 250)),
+    "x86_64": _Machine(0xC000003E, (62, 234, 129, 297), 200, 72, 16, 302, 251, (248, 249, 250), 115),
     "aarch64": _GENERIC.replace(architecture=0xC00000B7),
     "riscv64": _GENERIC.replace(architecture=0xC00000F3),
     "loongarch64": _GENERIC.replace(architecture=0xC0000102),
-    "ppc64le": _Machine(0xC0000015, (37, 250, 177, 322), 208, 55, 54, 325, 273, (269, 270, 271)),
-    "s390x": _Machine(0x80000016, (37, 241, 178, 330), 237, 55, 54, 334, 282, (278, 279, 280)),
+    "ppc64le": _Machine(0xC0000015, (37, 250, 177, 322), 208, 55, 54, 325, 273, (269, 270, 271), 80),
+    "s390x": _Machine(0x80000016, (37, 241, 178, 330), 237, 55, 54, 334, 282, (278, 279, 280), 205),
 }
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _ENOSYS = 38
@@ -86,7 +88,33 @@ def filter_calls(pid: "int | None", keys: bool) -> None:
     Raises:
         OSError: the kernel has no seccomp filters.
     """
-    program = build_filter(os.uname().machine, pid, keys, sys.byteorder == "little")
+    _install(build_filter(os.uname().machine, pid, keys, sys.byteorder == "little"))
+
+
+def hide_groups() -> None:
+    """Have getgroups(2) say that there are no supplementary groups, to this process and to what it becomes by execve.
+
+    For a program that would drop them, and ends because it cannot: where setgroups(2) is denied they stay (user_namespaces(7)).
+
+    Should: be called after PR_SET_NO_NEW_PRIVS.
+
+    Raises:
+        OSError: the kernel has no seccomp filters.
+    """
+    numbers = _MACHINES[os.uname().machine]
+    lines = [
+        (_LOAD, 0, 0, _OFFSET_ARCHITECTURE),
+        (_JUMP_EQUAL, 0, 3, numbers.architecture),
+        (_LOAD, 0, 0, _OFFSET_NUMBER),
+        (_JUMP_EQUAL, 0, 1, numbers.getgroups),
+        (_RETURN, 0, 0, _ZERO),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
+    _install(b"".join(struct.pack("HBBI", *line) for line in lines))
+
+
+def _install(program: bytes) -> None:
+    """Install a filter, an array of struct sock_filter."""
     memory = pin(program)
     call(_prctl, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, struct.pack("HxxxxxxQ", len(program) // 8, memory.address), 0, 0)
 

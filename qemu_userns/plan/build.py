@@ -22,6 +22,7 @@ from qemu_userns.plan.grants import (
     Private,
     QmpSocket,
     Reserved,
+    Virtiofsd,
 )
 from qemu_userns.plan.handover import hand_over
 from qemu_userns.plan.identity import CALLERS_NETWORK
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import CommandLine
     from qemu_userns.cmdline.source import Edit
+    from qemu_userns.plan.added_shares import AddedShare
     from qemu_userns.plan.facts import HostFacts
     from qemu_userns.plan.grants import TapSettings
     from qemu_userns.plan.identity import Identity
@@ -74,6 +76,7 @@ class Settings(Record):
     network: str = CALLERS_NETWORK
     taps: "tuple[TapSettings, ...]" = ()
     added: "tuple[str, ...]" = ()  # the last words of the command line, which the settings add
+    shares: "tuple[AddedShare, ...]" = ()  # whose words these are
 
 
 def build_plan(
@@ -108,6 +111,10 @@ def build_plan(
         from qemu_userns.plan.taps import refuse_unused
 
         refuse_unused(draft)
+    if settings.shares:
+        from qemu_userns.plan.virtiofs import add_daemons
+
+        add_daemons(draft, settings.shares)
     _keep_for_incoming(draft, commandline)
     _add_default_kvm(draft, commandline, program)
     _add_default_display(draft)
@@ -154,7 +161,7 @@ def _reserve_fds(draft: Draft, leased: bool) -> None:
     """
     if leased:
         draft.add(Reserved("the lease of QEMU's ids ends when its last process does", "lease", draft.next_fd()))
-    stays = (CreateDir, Display, Listen, Monitor, QmpSocket)
+    stays = (CreateDir, Display, Listen, Monitor, QmpSocket, Virtiofsd)
     fates = ("temporary", "downscript")
     if any(isinstance(grant, stays) or any(getattr(grant, fate, False) for fate in fates) for grant in draft.grants):
         draft.add(Reserved("its end tells the supervisor that QEMU has ended", "supervisor", draft.next_fd()))

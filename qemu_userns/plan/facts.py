@@ -92,6 +92,13 @@ class StandIn(Record):
     idmap: "ShareMap | None"  # of the user namespace that it runs in; None: the launcher's own
 
 
+class VirtiofsdFact(Record):
+    """The virtiofsd of this host."""
+
+    path: str  # real path
+    modern: bool  # the one in Rust
+
+
 class Account(Record):
     """A user of the host."""
 
@@ -130,3 +137,4 @@ class HostFacts(Record):
     window: bool = False  # QEMU would open one, since nobody says what it shall show
     not_taps: "frozenset[int]" = frozenset()  # fds of the caller that the command line names as taps, and are none
     stand_ins: "Mapping[Object, StandIn]" = {}  # noqa: RUF012 (never changed) by the share
+    virtiofsd: "VirtiofsdFact | None" = None  # looked up where a share wants it

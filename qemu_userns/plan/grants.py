@@ -189,6 +189,25 @@ class Run(Grant):
         return f"fd {self.number}: {' '.join(self.argv)}, run outside"
 
 
+class Virtiofsd(Grant):
+    """A virtiofsd for one share, in QEMU's user namespace and with nothing but the share in sight; passed by number."""
+
+    tag: str
+    path: str  # real path of the share's root
+    inode: "tuple[int, int]"
+    writable: bool
+    idmap: "MountMap | None"  # of the idmapped mount that it sees
+    program: str
+    modern: bool  # the one in Rust, with another command line than QEMU's old one
+    number: int
+
+    def describe(self) -> str:
+        """Say what it serves."""
+        mapped = "" if self.idmap is None else f", {self.idmap.text}"
+        access = "rw" if self.writable else "ro"
+        return f"fd {self.number}: {self.program} for {self.path} ({access}{mapped}), which sees nothing else and ends with QEMU"
+
+
 class LockLimit(Grant):
     """How much memory QEMU may lock, where it may not lock so much yet: set outside, before there is a namespace."""
 

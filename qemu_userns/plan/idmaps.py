@@ -84,7 +84,7 @@ def choose_map(draft: "Draft", need: "Need", fact: "PathFact") -> "MountMap | No
     """
     what = f"{need.describe()} {need.path}"
     share = find_map(draft.share_maps, need.obj, draft.objects)
-    found = None if share is None else _build_map(draft, need, share)
+    found = None if share is None else build_map(draft, what, need.obj.get("security_model") or "", share)
     for grant in draft.grants:
         if isinstance(grant, Bind) and grant.path == fact.real and grant.why.startswith(need.describe()) and grant.idmap != found:
             draft.refuse(what, "two shares of one directory have different id maps", "share it once, or give both the same map")
@@ -93,10 +93,15 @@ def choose_map(draft: "Draft", need: "Need", fact: "PathFact") -> "MountMap | No
     return found
 
 
-def _build_map(draft: "Draft", need: "Need", share: ShareMap) -> "MountMap | None":
-    """Return the map of a share's mount, None where QEMU's own namespace has it."""
-    what = f"{need.describe()} {need.path}"
-    model = need.obj.get("security_model") or ""
+def build_map(draft: "Draft", what: str, model: str, share: ShareMap) -> "MountMap | None":
+    """Return the map of a share's mount, None where QEMU's own namespace has it; refuse what cannot be.
+
+    Args:
+        draft: of the plan.
+        what: names the share.
+        model: its security model.
+        share: what the settings say of it.
+    """
     missing = find_unmapped(share, draft.identity)
     if model not in MAPPABLE:
         draft.refuse(what, f"security_model={model} keeps the guest's ids beside the files", "an id map goes with passthrough")

@@ -1,6 +1,6 @@
 """The plan of a launch, a value: what `explain` prints and launch.py carries out."""
 
-from qemu_userns.plan.grants import KeepFd, Refuse, Reserved
+from qemu_userns.plan.grants import KeepFd, Refuse, Reserved, Virtiofsd
 from qemu_userns.plan.identity import CALLERS_NETWORK
 from qemu_userns.plan.layout import build_layout, build_overlay
 from qemu_userns.record import Record
@@ -73,6 +73,11 @@ class Plan(Granted):
     def needs_supervisor(self) -> bool:
         """Whether anything is left to do outside once QEMU runs."""
         return any(isinstance(grant, Reserved) and grant.what == "supervisor" for grant in self.grants)
+
+    @property
+    def has_daemons(self) -> bool:
+        """Whether programs run beside QEMU for it."""
+        return any(isinstance(grant, Virtiofsd) for grant in self.grants)
 
     def find_number(self, what: str) -> int:
         """Return the number of an fd that the launcher itself opens; `what` as in Reserved."""

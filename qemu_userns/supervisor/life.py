@@ -13,6 +13,8 @@ from qemu_userns.supervisor.state import read_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qemu_userns.supervisor.server import Server
     from qemu_userns.supervisor.state import State
 
@@ -60,6 +62,7 @@ class Watch:
         self._token = ""
         self._channel = -1 if channel is None else channel
         self.ended = False
+        self.at_end: "Callable[[], None] | None" = None  # called when QEMU has ended, before what it left is removed
         self._poller, self._daemonizes, self._pidfd = poller, daemonizes, pidfd
         if channel is not None:
             os.set_blocking(channel, False)
@@ -129,6 +132,8 @@ def run(state: "State", watch: Watch, poller: Poller, server: "Server | None") -
             hold(item)
     while not watch.ended:
         poller.run_once()
+    if watch.at_end is not None:
+        watch.at_end()
     if server is not None:
         server.stop_listening()  # who comes now wants the VM that is started next on the same path
         deadline = time.monotonic() + _DRAIN_S
@@ -152,14 +157,27 @@ def begin(channel: int, launcher: int, state_fd: int, *served: int) -> "tuple[St
     poller = Poller()
     watch = Watch(poller, channel, launcher, state.daemonizes)
     server = None
+    count = len(served) - 2 * len(state.daemons)
     if state.monitors:
         from qemu_userns.supervisor.server import Server
 
         server = Server(state, poller, watch.learn_pid)
-        server.serve(list(served))
+        server.serve(list(served[:count]))
+    if state.daemons:
+        from qemu_userns.supervisor.daemons import Daemons
+
+        watch.at_end = Daemons(state.daemons, served[count:], poller, tell_system if server is None else server.tell).end
     gc.freeze()  # what was imported stays
     gc.enable()  # the launcher switched it off
     return state, watch, poller, server
+
+
+def tell_system(text: str) -> None:
+    """Tell the system's log: without a monitor there is no directory for one of our own."""
+    import syslog
+
+    syslog.openlog("qemu-userns")
+    syslog.syslog(syslog.LOG_WARNING, text)
 
 
 def adopt(directory: str, pid: int, ready: int) -> None:

@@ -56,6 +56,10 @@ class Server:
         self._brokers: "list[Broker]" = []
         self._pid = 0
 
+    def tell(self, text: str) -> None:
+        """Write a line to the VM's log."""
+        self._log.write(text)
+
     def serve(self, fds: "Sequence[int]", held: "Iterable[Held]" = ()) -> None:
         """Serve the monitors.
 

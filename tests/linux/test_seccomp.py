@@ -51,6 +51,17 @@ def signal_own_thread() -> None:
     worker.join()
 
 
+def hide_and_count() -> None:
+    seccomp.hide_groups()
+    if os.getgroups():
+        raise OSError(1, "there are groups")
+
+
+@pytest.mark.skipif(not seccomp.knows_machine(), reason="system call numbers of this machine are not known")
+def test_groups_can_be_hidden() -> None:
+    assert errno_in_filtered_child(hide_and_count) == 0
+
+
 @pytest.mark.skipif(not seccomp.knows_machine(), reason="system call numbers of this machine are not known")
 @pytest.mark.parametrize(
     ("action", "errno"),
