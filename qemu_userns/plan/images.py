@@ -1,6 +1,7 @@
 """Hand over what the block layer opens. Pure."""
 
 from qemu_userns.catalogue.images import find_layer
+from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.cmdline.source import append, drop, replace
 from qemu_userns.plan.facts import ABSENT, BLOCK, CHARACTER, MISSING, REGULAR
 from qemu_userns.plan.grants import READ, WRITE, Node, OpenFd
@@ -116,8 +117,22 @@ def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact", commandline: 
         draft.edits.append(replace(need.member, name, why))
     else:
         draft.replace_part(need.member, part.start, part.end, f'"{name}"' if part.in_json else name, why)
+    if len(modes) > 1:
+        _open_once(draft, need)
     if relative:
         _name_backing(draft, need, relative[0])
+
+
+def _open_once(draft: "Draft", need: "Need") -> None:
+    """Have QEMU open an image of an fdset read-write at once, where it would change over whenever it gets or loses a writer.
+
+    The locks that it holds on either descriptor would stay behind, for the fdset keeps both open: `blockdev-create`, which changes
+    over twice, would meet its own (file-posix.c: raw_reconfigure_getfd).
+    """
+    key = "" if need.member is None else need.member.key
+    member = need.obj.find(f"{key.rpartition('.')[0]}.auto-read-only".lstrip("."))
+    if member is not None and as_switch(member.value) == "on":
+        draft.edits.append(replace(member, False, "the locks of a descriptor in an fdset outlive its use"))
 
 
 def _turn_into_drive(

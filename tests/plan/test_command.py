@@ -156,6 +156,21 @@ def test_a_root_owned_disk_comes_in_an_fdset(name: str, arguments: dict[str, Any
     assert found.find_fdsets() == tuple((OWN_FDSET_BASE + FIRST, number, path) for number in (0, 1))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "after"),
+    [
+        (node("/x/file-root", **{"auto-read-only": True}), node(FDSET, **{"auto-read-only": False})),
+        (
+            {"driver": "raw", "file": node("/x/file-root", **{"auto-read-only": True}), "auto-read-only": True},
+            {"driver": "raw", "file": node(FDSET, **{"auto-read-only": False}), "auto-read-only": True},
+        ),
+        (node("/x/file", **{"auto-read-only": True}), node("/x/file", **{"auto-read-only": True})),
+    ],
+)
+def test_a_disk_in_an_fdset_is_opened_read_write_at_once(arguments: dict[str, Any], after: object) -> None:
+    assert arguments_of(plan("blockdev-add", arguments, root="-root" in str(arguments))) == after
+
+
 def test_two_disks_have_two_fdsets() -> None:
     found = plan("blockdev-reopen", {"options": [node("/x/file-root1"), node("/x/file-root2")]}, root=True)
     assert [fdset - OWN_FDSET_BASE - FIRST for fdset, _, _ in found.find_fdsets()] == [0, 0, 1, 1]
