@@ -343,6 +343,6 @@ def disk(path: Path, target: str, form: str = "qcow2", label: str = "") -> str:
     """Return the XML of a disk."""
     return f"""
         <disk type='file' device='disk'>
-          <driver name='qemu' type='{form}'/><source file='{path}'>{label}</source><target dev='{target}' bus='virtio'/>
-          <serial>{target}</serial>
+          <driver name='qemu' type='{form}'/><source file='{path}'>{label}</source>
+          <target dev='{target}' bus='virtio'/><serial>{target}</serial>
         </disk>"""

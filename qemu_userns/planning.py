@@ -53,6 +53,7 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
         config.taps,
         start.asked.added,
         config.shares if start.asked.added else (),
+        request.environ.get("NOTIFY_SOCKET", "") if config.notify else "",
     )
     return build_plan(request.argv[0], commandline, needs, facts, start.identity, program, settings, start.lease is not None)
 

@@ -47,6 +47,7 @@ from qemu_userns.plan.grants import (
     LockLimit,
     Monitor,
     Node,
+    Notify,
     OpenFd,
     Private,
     QmpSocket,
@@ -234,6 +235,8 @@ def brief(grant: Grant) -> str:
             return f"monitor {grant.kind} {grant.given}".rstrip() + (" waits" if grant.wait else "")
         case QmpSocket():
             return f"socket {grant.path} for {grant.label}"
+        case Notify():
+            return f"notify {grant.address} by {grant.label}"
         case Display():
             return f"{grant.protocol} {grant.path} by {grant.label}"
         case KeepFd():

@@ -54,6 +54,7 @@ _GROUPS = (
     ("qemu_userns.supervisor.cleanup",),
     ("qemu_userns.supervisor.life",),
     ("qemu_userns.supervisor.server",),
+    ("qemu_userns.supervisor.notifier",),
     ("qemu_userns.supervisor.hotplug",),
 )
 

@@ -38,6 +38,7 @@ class Config(Record):
     share_maps: "tuple[ShareMap, ...]" = ()  # id maps of single shares; the last one that names a share counts
     taps: "tuple[TapSettings, ...]" = ()  # of taps that are made for the VM, one for each name
     shares: "tuple[AddedShare, ...]" = ()  # that are added to the command line
+    notify: bool = False  # the service manager is told of QEMU's state
     passthrough: str = ""  # path of a socket of QEMU's own monitor; may hold %n, %u and %%
 
 

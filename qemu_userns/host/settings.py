@@ -34,6 +34,7 @@ TYPES = {
     "sandbox": str,
     "require": list,
     "off": bool,
+    "notify": bool,
     "qmp": list,
     "qmp.socket": list,
     "qmp.monitor": list,
@@ -65,7 +66,7 @@ def apply_settings(config: "Config", settings: "Mapping[str, list[str]]", where:
             changes[key] = parse_idmap("\n".join(values), what)
         elif key == "sandbox":
             changes[key] = _parse_sandbox(values[0], what)
-        elif key == "off":
+        elif key in ("off", "notify"):
             changes[key] = _parse_switch(values[0], what)
         elif key.startswith(TAP):
             from qemu_userns.host.settings_taps import parse_tap

@@ -77,6 +77,7 @@ class Settings(Record):
     taps: "tuple[TapSettings, ...]" = ()
     added: "tuple[str, ...]" = ()  # the last words of the command line, which the settings add
     shares: "tuple[AddedShare, ...]" = ()  # whose words these are
+    notify: str = ""  # where the service manager wants to be told of QEMU's state
 
 
 def build_plan(

@@ -352,6 +352,17 @@ class QmpSocket(Grant):
         return f"{self.given} (mode {self.mode:04o}), where the supervisor serves QMP monitor {self.label}"
 
 
+class Notify(Grant):
+    """The service manager is told of QEMU's state, which the supervisor asks by QMP: sd_notify(3)."""
+
+    label: str  # of the monitor's character device
+    address: str  # a path, or @NAME of an abstract socket
+
+    def describe(self) -> str:
+        """Say who is told what."""
+        return f"{self.address} is told when QMP monitor {self.label} answers, and of each change of the guest's state"
+
+
 VNC, SPICE = "vnc", "spice"
 
 

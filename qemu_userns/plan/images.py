@@ -126,8 +126,8 @@ def _pass_in_fdset(draft: "Draft", need: "Need", fact: "PathFact", commandline: 
 def _open_once(draft: "Draft", need: "Need") -> None:
     """Have QEMU open an image of an fdset read-write at once, where it would change over whenever it gets or loses a writer.
 
-    The locks that it holds on either descriptor would stay behind, for the fdset keeps both open: `blockdev-create`, which changes
-    over twice, would meet its own (file-posix.c: raw_reconfigure_getfd).
+    The locks that it holds on either descriptor would stay behind, for the fdset keeps both open: `blockdev-create` changes over
+    twice, and would meet its own (file-posix.c: raw_reconfigure_getfd).
     """
     key = "" if need.member is None else need.member.key
     member = need.obj.find(f"{key.rpartition('.')[0]}.auto-read-only".lstrip("."))

@@ -5,7 +5,7 @@ from qemu_userns.catalogue.monitors import find_monitors, find_untouched
 from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.cmdline.source import append, remove, replace
 from qemu_userns.plan.facts import ABSENT, SOCKET
-from qemu_userns.plan.grants import CONNECT, FD, LISTEN, OWN, STDIO, Listen, Monitor, QmpSocket, Reserved
+from qemu_userns.plan.grants import CONNECT, FD, LISTEN, OWN, STDIO, Listen, Monitor, Notify, QmpSocket, Reserved
 from qemu_userns.plan.rights import expand_path, find_rights
 
 TYPE_CHECKING = False
@@ -46,6 +46,8 @@ def serve_monitors(
             )
     if settings.sockets:
         add_sockets(draft, settings.sockets)
+    if settings.notify:
+        draft.add(Notify("notify=on", find_plain_label(draft), settings.notify))
     if settings.passthrough:
         add_passthrough(draft, settings.passthrough)
     return [need for need in needs if need.row.way not in (ways.SOCKET, ways.FD, ways.CHARDEV) or need.obj not in served]

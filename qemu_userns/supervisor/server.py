@@ -2,7 +2,7 @@
 
 import os
 import stat
-from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
+from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket, socketpair
 
 from qemu_userns.errors import HostError
 from qemu_userns.host.leftovers import Leftover, hold
@@ -78,9 +78,20 @@ class Server:
             by_label[grant.label].listen(left.pop(0), grant.rights)
         for display in self._state.displays:
             by_label[display.label].show(display.protocol, left.pop(0))
+        for told in self._state.notify:
+            self._notify(by_label[told.label], told.address)
         self._restore(tuple(held))
         if not self._state.daemonizes:
             self._hear_pid(self._state.pid)  # which writes down what is held, so that must be known
+
+    def _notify(self, broker: Broker, address: str) -> None:
+        """Tell the service manager of QEMU's state, as one more client of a monitor."""
+        from qemu_userns.supervisor.notifier import Notifier
+
+        client, served = socketpair(AF_UNIX, SOCK_STREAM)
+        fd = served.detach()
+        broker.add_client(fd, fd, Rights())
+        Notifier(self._poller, client, address, lambda: self._pid, self._log.write)
 
     def has_more(self) -> bool:
         """Say whether QEMU's last words are still to be read, or to be passed on."""

@@ -342,3 +342,16 @@ def test_fds_that_a_later_migrate_incoming_may_name_are_kept() -> None:
     ]
     assert kept == [7, 9]
     assert not any(isinstance(grant, KeepFd) for grant in plan_of("-incoming", "tcp:0:1", fds=(7, 9)).grants)
+
+
+# --- the service manager ----------------------------------------------------------------------------------------------
+
+
+def test_the_service_manager_is_told_by_the_callers_monitor_or_one_of_ours() -> None:
+    settings = Settings(notify="/run/systemd/notify")
+    assert asked_for(plan_of(*PLAIN, settings=settings))[-1] == "notify /run/systemd/notify by compat_monitor0"
+    own = plan_of(settings=settings)
+    assert asked_for(own)[-1] == "notify /run/systemd/notify by qemu-userns"
+    assert own.needs_supervisor
+    (row,) = describe_plan(own)["service manager"]
+    assert row["what"].startswith("/run/systemd/notify is told when QMP monitor qemu-userns answers")
