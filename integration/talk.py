@@ -18,6 +18,7 @@ from integration.vm import user_environment
 from qemu_userns.supervisor.registry import find_run_dir
 from tests.conftest import CHECKOUT
 from tests.machine import PATIENCE
+from tests.plain import wait_main_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -192,25 +193,6 @@ def status_of(pid: int) -> dict[str, str]:
     """Return /proc/PID/status as a dictionary."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
-def wait_main_loop(process: subprocess.Popen[bytes]) -> None:
-    """Wait until a plain QEMU that has a monitor serves it, or has ended.
-
-    QEMU 7.2 looks at a new monitor's socket in two threads for a moment: who connects just then may be greeted twice, or stop
-    its main thread, which then waits in accept(2). The moment is over when both wait for events: the main thread, which may
-    wait so for other things before, and the monitors' own, which there is only then.
-    """
-    tasks = Path(f"/proc/{process.pid}/task")
-
-    def is_waiting(task: Path) -> bool:
-        return "poll" in (task / "wchan").read_text()
-
-    def serves() -> bool:
-        others = [task for task in tasks.iterdir() if task.name != str(process.pid)]
-        return any(map(is_waiting, others)) and is_waiting(tasks / str(process.pid)) and any(map(is_waiting, others))
-
-    wait_until(lambda: process.poll() is not None or serves(), "QEMU's main loop")
 
 
 def words_of(pid: int) -> list[str]:

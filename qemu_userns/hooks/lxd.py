@@ -17,18 +17,24 @@ if TYPE_CHECKING:
     from qemu_userns.hooks.host import Options
 
 _UNITS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
+# Of the launcher and the supervisor: QEMU has no capability outside its user namespace. The view is built below a root that AppArmor
+# sees as "/": from then on the view says what QEMU can reach, not the profile.
 _PROFILE = """\
-capability sys_admin,
+{userns}capability chown,
+capability fowner,
+capability fsetid,
+capability mknod,
 capability setpcap,
+capability sys_admin,
+capability sys_ptrace,
 mount,
 umount,
 pivot_root,
-{userns}@{{PROC}}/@{{pid}}/{{uid_map,gid_map,setgroups}} rw,
-@{{PROC}}/** r,
-{directory}/** mrix,
-{python} mrix,
-/etc/qemu-userns/** r,
-/run/qemu-userns/** rwk,
+unix,
+/ r,
+/** rwlk,
+{directory}/qemu-system-* ix,
+{python} ix,
 """
 
 

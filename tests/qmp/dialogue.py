@@ -12,6 +12,7 @@ from qemu_userns.qmp.actions import Action, CloseFds, Rules, SendClient, SendQem
 from qemu_userns.qmp.message import Command
 from qemu_userns.qmp.policy import FULL, Policy
 from qemu_userns.qmp.session import Session
+from tests.plain import wait_main_loop
 
 TOKEN = "token"
 GREETING = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\r\n'
@@ -84,6 +85,7 @@ def run_qemu(folder: Path, *options: str, pretty: bool = False) -> Iterator[Path
         )
     path.with_suffix(".pid").write_text(str(process.pid))
     try:
+        wait_main_loop(process)
         yield path
     finally:
         process.kill()
