@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TEST_USER = "qemu-userns-test"  # scripts/setup creates it
+DAEMONS = ("lxd", "incus")
 KVM = Path("/dev/kvm")
 KVM_GET_API_VERSION = 0xAE00
 KVM_API_VERSION = 12
@@ -158,12 +159,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: needs {description}")
     config.addinivalue_line("markers", "ordinary: not for a root caller")
     config.addinivalue_line("markers", f"host: needs devices or rights that the test host has, where {TEST_HOST} is set")
+    for daemon in DAEMONS:
+        config.addinivalue_line("markers", f"{daemon}: where it is installed; not every test host has it")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is not for this caller: the tests run as root and as an ordinary user, some in the test host only."""
     others = ["ordinary" if os.geteuid() == 0 else "root", *(() if IN_TEST_HOST else ("host",))]
+    others += [daemon for daemon in DAEMONS if shutil.which(daemon) is None]
     left_out = [item for item in items if any(map(item.get_closest_marker, others))]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

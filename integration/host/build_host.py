@@ -55,7 +55,7 @@ class Suite(NamedTuple):
         return self.name.removesuffix("-backports")
 
 
-LXD, INCUS = ("lxd", "lxd-client", "ovmf", "gdisk"), ("incus", "ovmf", "gdisk")
+LXD, INCUS = ("lxd", "lxd-client", "gdisk", "seabios"), ("incus", "qemu-system-modules-spice", "virtiofsd")
 SUITES = {
     suite.name: suite
     for suite in (

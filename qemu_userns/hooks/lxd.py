@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from qemu_userns.hooks.host import Options
 
 _UNITS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
-# Of the launcher and the supervisor: QEMU has no capability outside its user namespace. The view is built below a root that AppArmor
-# sees as "/": from then on the view says what QEMU can reach, not the profile.
+# For the launcher and the supervisor: QEMU has no capability outside its user namespace. The view is built below a root that
+# AppArmor sees as "/": from then on the view says what QEMU can reach, not the profile.
 _PROFILE = """\
 {userns}capability chown,
 capability fowner,
