@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 MEMORY_MIB = 3072
-CONSOLE_LINES = 40
+CONSOLE_LINES = 100  # a panic of the kernel has some 80
 PR_SET_PDEATHSIG = 1
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
