@@ -38,6 +38,7 @@ qmp      send a command to a VM (name, uuid or pid) and print the reply; without
 adopt    give a VM whose supervisor was killed a new one; --replace ends the one there is, for a newer version of this program
 share    show what a guest sees of a 9p share, or convert it: passthrough, mapped-xattr, mapped-file
 
+--share=PATH,tag=TAG[,driver=9p|virtiofs|both][,map=MAP]...[,readonly=on][,security_model=MODEL] adds a share
 KEY=VALUE: fs=view|host, net=caller|none|PATH, sandbox=auto|off|VALUE, require=landlock, idmap=MAP, share.NAME.idmap=MAP,
   pool=START-END, qemu=PATH, off=on, qmp=PATH (a QMP socket more; may be repeated), passthrough=PATH (a monitor that QEMU serves
   by itself)
