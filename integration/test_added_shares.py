@@ -244,6 +244,25 @@ def test_a_launch_that_fails_leaves_no_virtiofsd(launch: Launch, shared_tmp: Pat
     assert "no-such-device" in done.stderr
 
 
+# --- set-uid files of the caller -------------------------------------------------------------------------------------
+
+
+@pytest.mark.ordinary
+def test_a_share_that_others_reach_is_warned_of(shared_tmp: Path) -> None:
+    """In explain and in the VM's log; behind a directory that is shut to others there is nothing to warn of."""
+    places = {name: shared_tmp / name / "share" for name in ("open", "shut")}
+    for name, path in places.items():
+        path.mkdir(parents=True)
+        path.parent.chmod(0o755 if name == "open" else 0o700)
+        words = share(path, "tag", "9p")
+        found = [row["warning"] for row in explain("qemu-system-x86_64", *words)["warnings"]]
+        assert any("a guest can leave a set-uid program" in warning for warning in found) == (name == "open"), found
+    with running([*dropin_words(), *share(places["open"], "tag", "9p")], *IDLE_VIRTIOFS, idle=False) as qemu:
+        log = Path(find_run_dir(os.geteuid())) / "vms" / f"{qemu.process.pid}.log"
+        wait_until(lambda: "others on this host can reach the share" in log.read_text(), "a line in the log")
+        qemu.quit()
+
+
 # --- where it is said ------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import os
 
 from qemu_userns.catalogue.needs import find_needs
 from qemu_userns.host.cache import cache_dir
-from qemu_userns.host.facts import look_at_host
+from qemu_userns.host.facts import find_above, look_at_host
 from qemu_userns.plan.build import Program, Settings, build_plan, names_display
 from qemu_userns.plan.facts import directory_of
 from qemu_userns.plan.rights import expand_path
@@ -39,7 +39,8 @@ def make_plan(start: "Start", request: "Request") -> "Plan":
     if served:
         from qemu_userns.host.virtiofsd import find_virtiofsd
 
-        facts = facts.replace(virtiofsd=find_virtiofsd(cache_dir(request.environ, os.geteuid())))
+        looked = {path: facts.paths[path].replace(above=find_above(facts.paths[path].real)) for path in served}
+        facts = facts.replace(paths={**facts.paths, **looked}, virtiofsd=find_virtiofsd(cache_dir(request.environ, os.geteuid())))
     program = Program(qemu.path, qemu.version, qemu.sandbox, extra_dirs)
     settings = Settings(
         config.fs == "host",

@@ -64,7 +64,7 @@ def describe_plan(plan: "Plan") -> "dict[str, list[dict[str, str]]]":
         "rewritten": [{"where": r.where, "before": r.before, "after": r.after, "why": r.why} for r in plan.rewrites],
         "left alone": [{"option": option, "why": "no table knows it"} for option in plan.unknown],
         "confinement": _describe_confinement(plan),
-        "warnings": [{"warning": warning} for warning in plan.warnings],
+        "warnings": [{"warning": warning} for warning in (*plan.warnings, *plan.logged)],
         "notes": [{"note": note} for note in plan.notes],
         "refused": [{"what": grant.why, "why": grant.reason, "hint": grant.hint or ""} for grant in plan.find_refusals()],
         "command line": [{"word": word} for word in plan.words],

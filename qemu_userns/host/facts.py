@@ -200,7 +200,7 @@ def _temporary(environ: "Mapping[str, str]") -> "tuple[str, ...]":
 def _look_closer(need: "Need", fact: PathFact, paths: "dict[str, PathFact]") -> None:
     """Add what only some ways ask for."""
     if need.way == ways.SHARE and fact.error is None:
-        paths[need.path] = fact.replace(xattrs=_probe_xattrs(fact.real))
+        paths[need.path] = fact.replace(xattrs=_probe_xattrs(fact.real), above=find_above(fact.real))
     elif need.way == ways.PIDFILE and fact.kind == REGULAR and fact.fd is None:
         paths[need.path] = fact.replace(locked=_probe_lock(fact.real))
     elif need.way == ways.MEMORY and fact.error is None and fact.kind in (DIRECTORY, REGULAR):
@@ -252,6 +252,15 @@ def _probe_lock(path: str) -> bool:
         return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
     finally:
         os.close(fd)
+
+
+def find_above(path: str) -> "tuple[tuple[int, int, int], ...]":
+    """Return mode, uid and gid of the directories above a real path; () where the caller cannot look at one."""
+    try:
+        found = [os.stat(directory) for directory in _ancestors(path)]
+    except OSError:
+        return ()
+    return tuple((status.st_mode, status.st_uid, status.st_gid) for status in found)
 
 
 def _ancestors(path: str) -> "Iterator[str]":

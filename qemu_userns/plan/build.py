@@ -139,6 +139,7 @@ def build_plan(
         tuple(([identity.warning] if identity.warning else []) + draft.warnings),
         tuple(draft.notes),
         settings.network,
+        tuple(draft.logged),
     )
 
 

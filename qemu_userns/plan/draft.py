@@ -60,6 +60,7 @@ class Draft:
         self.edits: "list[Edit]" = []
         self.words: "list[str]" = []  # added before the caller's
         self.warnings: "list[str]" = []  # said at every launch
+        self.logged: "list[str]" = []  # warnings that explain and the VM's log say
         self.notes: "list[str]" = []  # said by explain
         self.capabilities: "frozenset[int]" = frozenset()
         self.host_tree = NO_HOST

@@ -65,6 +65,7 @@ class PathFact(Record):
     writable: bool = False
     parent_writable: bool = False
     xattrs: bool = True  # whether user.* attributes can be set (looked up for 9p shares only)
+    above: "tuple[tuple[int, int, int], ...]" = ()  # mode, uid and gid of the directories above (looked up for shares only)
     fd: "int | None" = None  # /dev/fd/N and /proc/self/fd/N: the number
     locked: bool = False  # somebody holds a lock on the file (looked up for -pidfile only)
     group: str = ""  # name of the group of a device that the caller may not open (looked up for devices that are named only)

@@ -68,6 +68,7 @@ class Plan(Granted):
     warnings: "tuple[str, ...]" = ()  # for stderr, at every launch
     notes: "tuple[str, ...]" = ()  # for a reader of the plan
     network: str = CALLERS_NETWORK  # or NO_NETWORK, or the path of a network namespace
+    logged: "tuple[str, ...]" = ()  # warnings for a reader of the plan and for the VM's log
 
     @property
     def needs_supervisor(self) -> bool:

@@ -7,6 +7,8 @@ from qemu_userns.plan.grants import READ, SEARCH, WRITE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import CommandLine
     from qemu_userns.plan.draft import Draft
@@ -44,6 +46,8 @@ def show_share(draft: "Draft", need: "Need", _: "CommandLine") -> None:
             draft.warnings.append(f"{why}: the share is the whole host tree, so QEMU sees all of it")
         return
     draft.bind(fact, not readonly, need.describe(), idmap=idmap)
+    if not readonly and model in ("passthrough", "none"):
+        warn_of_set_uid(draft, fact, why)
     if idmap is None and not readonly and not draft.may(fact, WRITE | SEARCH):
         draft.notes.append(
             f"{why}: belongs to {fact.uid}:{fact.gid}; QEMU is {draft.identity.uid}:{draft.identity.gid} and can only read it"
@@ -69,6 +73,37 @@ def serve_stand_in(draft: "Draft", need: "Need", commandline: "CommandLine") -> 
             f"{need.describe()} proxy {found.path}: its helper is host root without an id map; the share has QEMU's own ids "
             f"(share.{share.id or share.get('mount_tag')}.idmap gives it a map)"
         )
+
+
+def warn_of_set_uid(draft: "Draft", fact: "PathFact", what: str) -> None:
+    """Warn where a guest can leave a file of the caller's, set-uid, that others on this host can execute.
+
+    Nobody else can become who inside 0 is by that: leased ids are no user's, and who names a user by -runas has chosen one.
+
+    Args:
+        draft: of the plan.
+        fact: of the root of a share that the guest may write and whose files have the guest's owners and modes.
+        what: names the share.
+    """
+    account = draft.facts.caller.account
+    if draft.identity.uid == account.uid and is_reached((fact.mode, fact.uid, fact.gid), fact.above, account.uid):
+        draft.logged.append(
+            f"{what}: root of the guest is {account.name} here, and others on this host can reach the share: a guest can leave a "
+            f"set-uid program of {account.name} there; keep others out of a directory above it, or use readonly=on or "
+            "security_model=mapped-xattr"
+        )
+
+
+def is_reached(root: "tuple[int, int, int]", above: "Iterable[tuple[int, int, int]]", uid: int) -> bool:
+    """Say whether others than a user may be able to walk to what a guest puts into a share.
+
+    Args:
+        root: mode, uid and gid of the share's root. The guest can change the mode of one that is the user's.
+        above: the same of the directories above it.
+        uid: the user, whom inside 0 is. A group of the same number is taken for the user's alone, as adduser(8) makes it.
+    """
+    passed = (*above, *(() if root[1] == uid else (root,)))
+    return all(mode & 0o001 or (mode & 0o010 and gid != uid) for mode, _, gid in passed)
 
 
 def _choose_map(draft: "Draft", need: "Need", fact: "PathFact") -> "MountMap | None":

@@ -7,6 +7,7 @@ from qemu_userns.plan.grants import READ, SEARCH, Bind, Link, Virtiofsd
 from qemu_userns.plan.identity import build_owner_map
 from qemu_userns.plan.idmaps import build_map
 from qemu_userns.plan.layout import build_layout
+from qemu_userns.plan.shares import warn_of_set_uid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def add_daemons(draft: "Draft", shares: "Sequence[AddedShare]") -> None:
             draft.refuse(what, "there is no virtiofsd", _HINT)
         elif _check_root(draft, share, f"{what} {share.path}"):
             fact, fd = draft.path(share.path), draft.next_fd()
+            if not share.readonly and not share.by_9p:
+                warn_of_set_uid(draft, fact, f"{what} {share.path}")
             idmap = _choose_map(draft, share, fact, f"{what} {share.path}")
             draft.add(
                 Virtiofsd(what, share.tag, fact.real, fact.inode, not share.readonly, idmap, program.path, program.modern, fd)

@@ -162,6 +162,8 @@ def begin(channel: int, launcher: int, state_fd: int, *served: int) -> "tuple[St
         from qemu_userns.supervisor.server import Server
 
         server = Server(state, poller, watch.learn_pid)
+        for warning in state.warnings:
+            server.tell(f"warning: {warning}")
         server.serve(list(served[:count]))
     if state.daemons:
         from qemu_userns.supervisor.daemons import Daemons

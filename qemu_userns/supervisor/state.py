@@ -46,6 +46,7 @@ class State(Record):
     taps: "tuple[grants.TapSettings, ...]" = ()  # for those that are plugged in
     daemons: "tuple[grants.Virtiofsd, ...]" = ()  # the last fds to serve are a pidfd of each, and a memfd with what it says
     notify: "tuple[grants.Notify, ...]" = ()
+    warnings: "tuple[str, ...]" = ()  # for the log
     started: int = 0  # when QEMU's process was, in clock ticks after boot: a pid may be another process's later
 
     @property
@@ -95,6 +96,7 @@ def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
         start.asked.config.taps,
         tuple(grant for grant in plan.grants if isinstance(grant, grants.Virtiofsd)),
         tuple(grant for grant in plan.grants if isinstance(grant, grants.Notify)),
+        plan.logged,
     )
 
 

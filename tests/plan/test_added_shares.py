@@ -9,6 +9,7 @@ from qemu_userns.plan.grants import Bind, Refuse, Reserved, Virtiofsd
 from qemu_userns.plan.identity import MapEntry
 from qemu_userns.plan.idmaps import ShareMap
 from qemu_userns.plan.plan import Plan
+from qemu_userns.plan.shares import is_reached
 from qemu_userns.plan.virtiofs import build_argv, build_view
 from tests.plans import VIRTIOFSD, asked_for, plan_of, read
 
@@ -189,3 +190,44 @@ def test_a_virtiofsd_sees_programs_and_its_share() -> None:
         ("/share", True),
         ("/usr", False),
     ]
+
+
+# --- set-uid files of the caller -------------------------------------------------------------------------------------
+
+OPEN, SHUT, GROUP = (0o755, 0, 0), (0o700, 1000, 1000), (0o750, 1000, 1000)
+
+
+@pytest.mark.parametrize(
+    ("root", "above", "reached"),
+    [
+        (OPEN, (OPEN, OPEN), True),
+        (OPEN, (SHUT, OPEN), False),
+        (OPEN, (GROUP, OPEN), False),  # a group of the user's own
+        (OPEN, ((0o750, 1000, 100), OPEN), True),  # others may be in it
+        (SHUT, (OPEN,), True),  # the guest can open what is its own
+        ((0o700, 0, 0), (OPEN,), False),
+        ((0o700, 1001, 1001), (OPEN,), False),
+        ((0o711, 1001, 1001), ((0o711, 0, 0),), True),
+    ],
+)
+def test_who_can_walk_to_a_share(root: tuple[int, int, int], above: tuple[tuple[int, int, int], ...], reached: bool) -> None:
+    assert is_reached(root, above, 1000) == reached
+
+
+@pytest.mark.parametrize(
+    ("share", "root", "warned"),
+    [
+        (AddedShare("t", "/x/dir"), False, True),
+        (AddedShare("t", "/x/dir", model="none"), False, True),
+        (AddedShare("t", "/x/dir", VIRTIOFS), False, True),
+        (AddedShare("t", "/x/dir", BOTH), False, True),
+        (AddedShare("t", "/x/dir", model="mapped-xattr"), False, False),
+        (AddedShare("t", "/x/dir", readonly=True), False, False),
+        (AddedShare("t", "/x/dir", VIRTIOFS, readonly=True), False, False),
+        (AddedShare("t", "/x/dir"), True, False),  # leased ids
+    ],
+)
+def test_a_share_that_others_reach_is_warned_of(share: AddedShare, root: bool, warned: bool) -> None:
+    plan = plan_share(share, root=root)
+    assert [warning for warning in plan.warnings if "set-uid" in warning] == []
+    assert ["set-uid program of user" in warning for warning in plan.logged] == ([True] if warned else [])
