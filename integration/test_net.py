@@ -356,6 +356,20 @@ def test_the_network_that_the_operator_names(launch: Launch, scripts: Scripts, s
     assert interfaces() == []
 
 
+def test_a_network_of_ip_netns(launch: Launch) -> None:
+    name = f"qemu-userns-{os.getpid()}"
+    ip("netns", "add", name)
+    try:
+        words = ("-userns", f"net=/run/netns/{name}", "-netdev", f"tap,id=n,ifname=t0,{NO_SCRIPTS}")
+        with running(words_of(launch), *words, idle=False) as vm:
+            assert Path(f"/run/netns/{name}").stat().st_ino == Path(f"/proc/{vm.pid}/ns/net").stat().st_ino
+            assert "t0:" in ip("netns", "exec", name, "ip", "-o", "link", "show")
+            assert interfaces() == []
+            vm.quit()
+    finally:
+        ip("netns", "del", name)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from integration.shares import Launch, dropin_words
-from integration.talk import DEADLINE_S, IDLE, as_user, connected, outcome, running, started, wait_until
+from integration.talk import DEADLINE_S, IDLE, PLAIN, as_user, connected, outcome, running, started, wait_until
+from integration.vhost_user import GET_FEATURES, GET_PROTOCOL_FEATURES, BackEnd
 from integration.vm import running_guest
 from tests.conftest import unprivileged_user_name
 
@@ -210,6 +211,25 @@ class Ranges(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.network_drives
+def test_a_nic_of_vhost_user_meets_its_back_end(launch: Launch, shared_tmp: Path) -> None:
+    """They negotiate as with plain QEMU. No guest runs: QEMU 7.2 as such ends by SIGSEGV with a back end that can no more."""
+    found = []
+    for name, words in (("plain", list(PLAIN)), ("ours", [*dropin_words(), *launch.options])):
+        place = shared_tmp / name
+        back_end = BackEnd(place)
+        place.chmod(0o666)
+        back_end.start()
+        netdev = ["-chardev", f"socket,id=c,path={place}", "-netdev", "vhost-user,id=n,chardev=c", *nic("n", 9)]
+        with running(words, *MEMORY[:2], "-M", "q35,memory-backend=ram", "-m", "256", "-S", *netdev) as vm:
+            shown = str(vm.qmp.hmp("info network")).replace(str(place), "PLACE")
+            vm.quit()
+        back_end.join()
+        found.append((shown, back_end.requests))
+    assert "vhost-user" in found[0][0]
+    assert [request for request, _ in found[0][1]][:2] == [GET_FEATURES, GET_PROTOCOL_FEATURES]
+    assert found[0] == found[1]
+
+
 def test_a_drive_of_the_network(launch: Launch) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges)
     url = f"http://127.0.0.1:{server.server_address[1]}/disk"
