@@ -140,7 +140,7 @@ def sender(folder: Path, number: int, way: Way, accelerator: str) -> Iterator[Se
 
 
 def ip(*words: str) -> None:
-    """Configure the network, by ip(8)."""
+    """Configure the network with iproute2."""
     subprocess.run(["ip", *words], check=True)
 
 
