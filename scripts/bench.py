@@ -1,10 +1,12 @@
 """Measure: `scripts/bench launch`, `scripts/bench qmp` and `scripts/bench net`. Nothing is asserted about time."""
+"""Measure: `scripts/bench launch`, `scripts/bench qmp` and `scripts/bench share`. Nothing is asserted about time."""
 
 import argparse
 
 from bench_launch import bench_launch
 from bench_net import bench_net
 from bench_qmp import bench_qmp
+from bench_share import bench_share
 
 
 def main() -> None:
@@ -15,6 +17,7 @@ def main() -> None:
         ("launch", bench_launch, "from start to execve, and to QEMU's greeting"),
         ("qmp", bench_qmp, "what the broker costs a client, and the host"),
         ("net", bench_net, "how fast a guest sends over a tap, with and without vhost-net; as root"),
+        ("share", bench_share, "what a 9p or virtiofs share costs a guest"),
     ):
         command = commands.add_parser(name, help=what)
         command.add_argument("--json", dest="json_file", metavar="FILE", help="write the figures there too")
