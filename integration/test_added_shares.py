@@ -167,13 +167,14 @@ IDLE_VIRTIOFS = ("-nodefaults", "-display", "none", "-M", "q35", "-m", "64", "-S
 
 
 def find_daemons(pid: int) -> list[int]:
-    """Return the pids of the virtiofsds in the user namespace of a QEMU."""
+    """Return the pids of the virtiofsds in the user namespace of a QEMU; other VMs may have some, also of other users."""
     namespace = os.readlink(f"/proc/{pid}/ns/user")
-    return [
-        other
-        for other, (_, command) in process_table().items()
-        if "virtiofsd --fd=" in command and is_alive(other) and os.readlink(f"/proc/{other}/ns/user") == namespace
-    ]
+    found = []
+    for other, (_, command) in process_table().items():
+        if "virtiofsd --fd=" in command:
+            with contextlib.suppress(PermissionError, FileNotFoundError, ProcessLookupError):
+                found += [other] if os.readlink(f"/proc/{other}/ns/user") == namespace else []
+    return found
 
 
 def test_a_virtiofsd_is_confined_and_ends_with_qemu(launch: Launch, shared_tmp: Path) -> None:
@@ -232,8 +233,10 @@ def test_a_daemonized_qemu_lets_go_of_the_caller(launch: Launch, shared_tmp: Pat
     done = subprocess.run([*words, "-daemonize", "-pidfile", str(pidfile)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     pid = int(pidfile.read_text())
-    (daemon,) = find_daemons(pid)
-    os.kill(pid, signal.SIGTERM)
+    try:
+        (daemon,) = find_daemons(pid)
+    finally:
+        os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not is_alive(daemon) and not is_alive(pid), "the end of both")
 
 
