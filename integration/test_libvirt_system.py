@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import pwd
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from integration.libvirt import HOST_ADDRESS, Domain, SystemLibvirt, disk, virsh_console
+from integration.libvirt import HOST_ADDRESS, Domain, LibvirtError, SystemLibvirt, disk, virsh_console
 from integration.talk import REAL, is_alive, map_of, status_of, wait_until
 from tests.conftest import TEST_USER, dropin_folder, remove_tree
 
@@ -30,7 +31,8 @@ pytestmark = [
 
 DROPIN = str(dropin_folder() / "qemu-system-x86_64")
 MAC = "52:54:00:12:34:56"
-AS_ROOT = 'user = "root"\ngroup = "root"\ndynamic_ownership = 0\nremember_owner = 0\nnamespaces = []\n'
+NO_NAMESPACES = "namespaces = []\n"
+AS_ROOT = f'user = "root"\ngroup = "root"\ndynamic_ownership = 0\nremember_owner = 0\n{NO_NAMESPACES}'
 AS_USER = f'user = "{TEST_USER}"\ngroup = "{TEST_USER}"\n'
 BOTH = pytest.mark.parametrize("qemu_conf", [AS_ROOT, AS_USER], ids=["root", "user"])
 
@@ -156,6 +158,17 @@ def test_a_domain_migrates_to_another_host(libvirt: SystemLibvirt, folder: Path,
     domain.virsh("undefine")
 
 
+@contextlib.contextmanager
+def loop_device(image: Path) -> Iterator[str]:
+    """Make a block device of an image."""
+    made = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)
+    device = made.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
 def assert_confined(domain: Domain, qemu_conf: str) -> None:
     """Check that QEMU is nobody whom the host knows, or the user of qemu.conf, and in a user namespace."""
     uid_map = map_of(domain.pid, "uid")
@@ -165,3 +178,19 @@ def assert_confined(domain: Domain, qemu_conf: str) -> None:
         assert sum(count for _, _, count in uid_map) == 65536
     else:
         assert (0, pwd.getpwnam(TEST_USER).pw_uid, 1) in uid_map
+
+
+@pytest.mark.parametrize("qemu_conf", [AS_ROOT, AS_USER, AS_USER + NO_NAMESPACES], ids=["root", "user", "user, no namespaces"])
+def test_a_block_device_is_plugged_in_by_its_path(libvirt: SystemLibvirt, qemu_conf: str) -> None:
+    domain = Domain(libvirt, "vm", DROPIN)
+    domain.define()
+    domain.virsh("start", "--paused")
+    with loop_device(domain.make_disk("a.raw", "-f", "raw")) as device, domain.destroyed_at_the_end():
+        source = f"<source dev='{device}'/><target dev='vda' bus='virtio'/>"
+        disk = f"<disk type='block'><driver name='qemu' type='raw'/>{source}</disk>"
+        if NO_NAMESPACES in qemu_conf:
+            domain.attach(disk)
+            assert device in domain.virsh("domblklist")
+        else:  # why `qemu-userns hook libvirt` switches them off
+            with pytest.raises(LibvirtError, match=f"Unable to create device {device}: Read-only file system"):
+                domain.attach(disk)

@@ -1,5 +1,4 @@
-"""Measure: `scripts/bench launch`, `scripts/bench qmp` and `scripts/bench net`. Nothing is asserted about time."""
-"""Measure: `scripts/bench launch`, `scripts/bench qmp` and `scripts/bench share`. Nothing is asserted about time."""
+"""Measure: `scripts/bench launch`, `qmp`, `share` and `net`. Nothing is asserted about time."""
 
 import argparse
 

@@ -4,19 +4,29 @@ import os
 import sys
 
 from qemu_userns.errors import UsageError, format_error, printable
+from qemu_userns.hooks import libvirt, lxd, systemd
 from qemu_userns.hooks.host import Options
 from qemu_userns.hooks.install import find_qemus
-from qemu_userns.hooks.lxd import DAEMONS, build_setup
 from qemu_userns.hooks.snap import build_tree
 from qemu_userns.hooks.steps import STANDARD_PATH, apply, undo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from qemu_userns.hooks.lxd import Setup
-    from qemu_userns.hooks.steps import Fault
+    from collections.abc import Callable
 
-_USAGE = "qemu-userns hook lxd|incus [--apply | --remove | --check] [--divert] [--dir DIR] [--root DIR] | hook lxd --snap DIR"
+    from qemu_userns.hooks.steps import Fault, Setup
+
+_USAGE = (
+    "qemu-userns hook lxd|incus|libvirt|systemd [--apply | --remove | --check] [--divert] [--dir DIR] [--root DIR]"
+    " | hook lxd --snap DIR"
+)
 _DIRECTORY = "/usr/local/lib/qemu-userns/dropin"
+_BUILDERS: "dict[str, Callable[[Options], Setup]]" = {
+    "lxd": lambda options: lxd.build_setup(lxd.DAEMONS["lxd"], options),
+    "incus": lambda options: lxd.build_setup(lxd.DAEMONS["incus"], options),
+    "libvirt": libvirt.build_setup,
+    "systemd": systemd.build_setup,
+}
 _ACTIONS = ("--apply", "--remove", "--check")
 
 
@@ -32,7 +42,7 @@ def hook(words: "list[str]") -> int:
         _print_rest(build_tree(words[2], find_qemus(STANDARD_PATH)))
         return 0
     name, action, options = _parse(words)
-    setup = build_setup(DAEMONS[name], options)
+    setup = _BUILDERS[name](options)
     if action == "--apply":
         return _apply(setup, options.root)
     if action == "--remove":
@@ -99,7 +109,7 @@ def _parse(words: "list[str]") -> "tuple[str, str | None, Options]":
             values[key] = os.path.abspath(found)
         else:
             names.append(word)
-    if len(names) != 1 or names[0] not in DAEMONS or len(actions) > 1:
+    if len(names) != 1 or names[0] not in _BUILDERS or len(actions) > 1:
         raise bad
     root = "" if values["--root"] == "/" else values["--root"]
     return names[0], next(iter(actions), None), Options(values["--dir"], root, os.path.realpath(sys.executable), divert)

@@ -20,7 +20,7 @@ _USAGE = """\
 usage: qemu-userns run [--KEY=VALUE...] [--] qemu-system-ARCH [QEMU's arguments]
        qemu-userns explain [--json] [--KEY=VALUE...] [--] qemu-system-ARCH [QEMU's arguments]
        qemu-userns install DIR
-       qemu-userns hook lxd|incus [--apply | --remove | --check] [--divert] [--dir DIR] [--root DIR]
+       qemu-userns hook lxd|incus|libvirt|systemd [--apply | --remove | --check] [--divert] [--dir DIR] [--root DIR]
        qemu-userns hook lxd --snap DIR
        qemu-userns ps [--json]
        qemu-userns qmp [--compact] [--events] [--pass-fd N] (VM | --socket PATH) [COMMAND [KEY=VALUE...]]
@@ -32,7 +32,7 @@ usage: qemu-userns run [--KEY=VALUE...] [--] qemu-system-ARCH [QEMU's arguments]
 run      start QEMU in its own user and mount namespace, becoming it
 explain  print what run would do, and do nothing
 install  put a drop-in for every qemu-system-* of this host into DIR
-hook     set up LXD or Incus to start the drop-in, undo or check that; else say what would be done
+hook     set up LXD, Incus, libvirt or systemd to start the drop-in, undo or check that; else say what would be done
 ps       list the caller's VMs that have a QMP monitor
 qmp      send a command to a VM (name, uuid or pid) and print the reply; without one a shell; with --events its events
 adopt    give a VM whose supervisor was killed a new one; --replace ends the one there is, for a newer version of this program

@@ -8,7 +8,7 @@ import os
 
 from qemu_userns.hooks.host import find_package, find_processes, is_apparmor_enabled
 from qemu_userns.hooks.install import find_qemus
-from qemu_userns.hooks.steps import STANDARD_PATH, Command, Diversion, Entries, Fault, File, Step, read_text
+from qemu_userns.hooks.steps import STANDARD_PATH, Command, Diversion, Entries, Fault, File, Setup, Step, read_text
 from qemu_userns.host.qemu import DIVERTED
 from qemu_userns.record import Record
 
@@ -51,15 +51,6 @@ DAEMONS = {
     "lxd": Daemon("lxd", "lxc", ("lxd",), "/snap/lxd/current"),
     "incus": Daemon("incus", "incus", ("incusd",), ""),
 }
-
-
-class Setup(Record):
-    """What was found, and what makes of it what it should be."""
-
-    findings: "tuple[str, ...]"
-    steps: "tuple[Step, ...]"
-    faults: "tuple[Fault, ...]"
-    by_hand: "tuple[str, ...]"  # what is left to do
 
 
 def build_setup(daemon: Daemon, options: "Options") -> Setup:

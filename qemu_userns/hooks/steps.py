@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MARK = "# qemu-userns hook "
 STANDARD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # systemd's
 _CHANGED_HINT = "move it away, or remove what the hook wrote by hand, and run it again"
+_ALONE, _ADDED = "# The rest of this file.\n", "# Added to this file.\n"
 _TEXT_MAX = 1 << 20
 
 
@@ -29,6 +30,15 @@ class Fault(Record):
     what: str
     why: str
     hint: "str | None" = None
+
+
+class Setup(Record):
+    """What was found, and what makes of it what it should be."""
+
+    findings: "tuple[str, ...]"
+    steps: "tuple[Step, ...]"
+    faults: "tuple[Fault, ...]"
+    by_hand: "tuple[str, ...]"  # what is left to do
 
 
 class Step(Record):
@@ -143,6 +153,70 @@ class File(Step):
         if found is None:
             return Fault(self.path, "is not there")
         return None if found == _sign(self.text) else Fault(self.path, "is not as this version writes it")
+
+
+class Block(Step):
+    """Lines of ours at the end of somebody else's file."""
+
+    path: str
+    text: str
+
+    def describe(self) -> str:
+        """Say what it does."""
+        return f"add to {self.path}: {self.why}"
+
+    def apply(self, root: str) -> bool:
+        """Add them, unless they are there; those of another version are replaced."""
+        if self.find_fault(root) is None:
+            return False
+        before, _ = self._read(root)
+        made = _make_directories(os.path.dirname(root + self.path))
+        try:
+            write_text(root + self.path, (before or "") + self._build(before is None))
+        except ResourceError:
+            _remove_directories(made)
+            raise
+        return True
+
+    def undo(self, root: str) -> bool:
+        """Take them away, and the file if it was made for them."""
+        before, block = self._read(root)
+        if block is None:
+            return False
+        if before is None:
+            _act(os.unlink, root + self.path)
+            _remove_directories([os.path.dirname(root + self.path)])
+        else:
+            write_text(root + self.path, before)
+        return True
+
+    def find_fault(self, root: str) -> "Fault | None":
+        """Compare them."""
+        before, block = self._read(root)
+        if block is None:
+            return Fault(self.path, "has no lines of the hook's")
+        return None if block == self._build(before is None) else Fault(self.path, "has other lines than this version's")
+
+    def _build(self, alone: bool) -> str:
+        """Return the lines; the first says whether the file is there for them alone."""
+        return _sign(f"{_ALONE if alone else _ADDED}{self.text}")
+
+    def _read(self, root: str) -> "tuple[str | None, str | None]":
+        """Return what others have in the file, None where it is not or would not be there, and the lines, None without any.
+
+        Raises:
+            ResourceError: the lines have been changed since, or the last line of the file has no end.
+        """
+        found = read_text(root + self.path)
+        before, mark, block = (found or "").partition(MARK)
+        if not mark:
+            if before and not before.endswith("\n"):
+                raise ResourceError(root + self.path, "its last line does not end", "end it with a newline")
+            return found, None
+        if not _is_signed(mark + block):
+            raise ResourceError(root + self.path, "has lines of a hook's that have been changed since", _CHANGED_HINT)
+        alone = block.partition("\n")[2].startswith(_ALONE) and not before
+        return (None if alone else before), mark + block
 
 
 class Diversion(Step):

@@ -69,7 +69,7 @@ def test_what_is_applied_is_there_and_is_undone(system: Path, name: str, more: t
     assert hook([*words, "--apply"]) == 0
     after = tree(system)
     assert is_own_entry(f"{system}{DIR}/qemu-system-x86_64")
-    assert f'PATH={DIR}:/usr/bin:/bin\n' in (system / f"etc/qemu-userns/{name}.env").read_text()
+    assert f"PATH={DIR}:/usr/bin:/bin\n" in (system / f"etc/qemu-userns/{name}.env").read_text()
     unit = (system / f"etc/systemd/system/{name}.service.d/qemu-userns.conf").read_text()
     assert f"[Service]\nEnvironmentFile=/etc/qemu-userns/{name}.env\n" in unit
     assert f"{DIR}/qemu-system-* ix," in (system / f"etc/qemu-userns/{name}.apparmor").read_text()
@@ -177,3 +177,92 @@ def test_a_system_without_qemu_or_dpkg(system: Path) -> None:
 def test_words_that_make_no_sense(words: str) -> None:
     with pytest.raises(UsageError, match="not understood"):
         hook(words.split())
+
+
+# --- libvirt and systemd ------------------------------------------------------------------------------------------------
+
+QEMU_CONF = '# the master configuration file\n#namespaces = [ "mount" ]\n#user = "libvirt-qemu"\n'
+
+
+@pytest.fixture
+def libvirts(system: Path) -> Path:
+    """Add libvirt and AppArmor to the system, with the empty file for additions that libvirt's package makes."""
+    for name, text in {"libvirt/qemu.conf": QEMU_CONF, "apparmor.d/local/abstractions/libvirt-qemu": ""}.items():
+        path = system / "etc" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    return system
+
+
+@pytest.mark.parametrize("conf", [QEMU_CONF, "", None])
+def test_libvirts_files_get_our_lines_and_are_as_before_without_them(libvirts: Path, conf: str | None) -> None:
+    path = libvirts / "etc/libvirt/qemu.conf"
+    path.unlink()
+    if conf is not None:
+        path.write_text(conf)
+    before = without(tree(libvirts), "none")
+    words = ["libvirt", "--root", str(libvirts)]
+    assert hook([*words, "--check"]) == 1
+    assert hook([*words, "--apply"]) == 0
+    after = tree(libvirts)
+    text = path.read_text()
+    assert text.startswith(conf or "# qemu-userns hook ")
+    assert text.endswith("\nnamespaces = []\n")
+    profile = (libvirts / "etc/apparmor.d/local/abstractions/libvirt-qemu").read_text()
+    assert f"{DIR}/** mrix," in profile
+    assert "pivot_root,\n" in profile
+    assert is_own_entry(f"{libvirts}{DIR}/qemu-system-x86_64")
+    assert hook([*words, "--check"]) == 0
+    assert hook([*words, "--apply"]) == 0
+    assert tree(libvirts) == after
+    assert hook([*words, "--remove"]) == 0
+    assert without(tree(libvirts), "none") == before
+    assert hook([*words, "--remove"]) == 0
+
+
+def test_lines_of_ours_that_were_changed_stay(libvirts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["libvirt", "--root", str(libvirts)]
+    hook([*words, "--apply"])
+    path = libvirts / "etc/libvirt/qemu.conf"
+    path.write_text(path.read_text() + 'user = "root"\n')
+    assert hook([*words, "--remove"]) == 1
+    assert "has lines of a hook's that have been changed since" in capsys.readouterr().err
+    assert path.read_text().endswith('namespaces = []\nuser = "root"\n')
+
+
+def test_a_setting_of_libvirts_that_stands_in_the_way_is_named(libvirts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = libvirts / "etc/libvirt/qemu.conf"
+    path.write_text('user = "vms"\nnamespaces = [ "mount" ]\n')
+    assert hook(["libvirt", "--root", str(libvirts), "--check"]) == 1
+    assert 'has namespaces = [ "mount" ]' in capsys.readouterr().err
+    assert hook(["libvirt", "--root", str(libvirts)]) == 0
+    said = capsys.readouterr().out
+    assert "QEMU runs as: vms\n" in said
+    assert f"then: virsh edit DOMAIN    # <emulator>{DIR}/qemu-system-x86_64</emulator>\n" in said
+    assert "then: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 vms " in said
+    (libvirts / "etc/subuid").write_text("vms:100000:65536\n")
+    hook(["libvirt", "--root", str(libvirts)])
+    assert "usermod" not in capsys.readouterr().out
+
+
+def test_a_file_whose_last_line_does_not_end_is_left_alone(libvirts: Path) -> None:
+    path = libvirts / "etc/libvirt/qemu.conf"
+    path.write_text("# no end")
+    before = without(tree(libvirts), "none")
+    with pytest.raises(ResourceError, match="its last line does not end"):
+        hook(["libvirt", "--root", str(libvirts), "--apply"])
+    assert without(tree(libvirts), "none") == before
+
+
+def test_systemds_units_are_written_and_removed(system: Path) -> None:
+    before = without(tree(system), "none")
+    words = ["systemd", "--root", str(system)]
+    assert hook([*words, "--check"]) == 1
+    assert hook([*words, "--apply"]) == 0
+    unit = (system / "etc/systemd/system/qemu-userns@.service").read_text()
+    assert "\nType=notify\n" in unit
+    assert "\nEnvironmentFile=/etc/qemu-userns/vms/%i.env\n" in unit
+    assert (system / "etc/systemd/system/qemu-userns.slice").exists()
+    assert hook([*words, "--check"]) == 0
+    assert hook([*words, "--remove"]) == 0
+    assert without(tree(system), "none") == before

@@ -1,0 +1,77 @@
+"""What makes libvirt's system daemon start the drop-in: an <emulator> of its domains, and what would stand in its way.
+
+libvirt's settings of QEMU's user work as they are, both ways: as root (`user = "root"`, `dynamic_ownership = 0`) each VM has
+leased ids, and else that user is QEMU's root inside.
+"""
+
+import os
+import re
+
+from qemu_userns.hooks.host import find_package, is_apparmor_enabled
+from qemu_userns.hooks.install import find_qemus
+from qemu_userns.hooks.lxd import build_profile
+from qemu_userns.hooks.steps import STANDARD_PATH, Block, Entries, Fault, Setup, Step, read_text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_userns.hooks.host import Options
+
+QEMU_CONF = "/etc/libvirt/qemu.conf"
+PROFILE = "/etc/apparmor.d/local/abstractions/libvirt-qemu"
+DEFAULT_USER = "libvirt-qemu"
+# libvirt makes a device node that is plugged in by its path in the mount namespace that QEMU then has: the view, whose /dev is
+# read-only. Without a namespace of libvirt's it names the host's.
+_SETTINGS = "namespaces = []\n"
+
+
+def build_setup(options: "Options") -> Setup:
+    """Look at the host, and say what is to be done.
+
+    Raises:
+        ResourceError: a file cannot be read.
+    """
+    root, directory = options.root, options.directory
+    conf = read_text(root + QEMU_CONF) or ""
+    version = find_package("libvirt-daemon-driver-qemu", root) or find_package("libvirt-daemon", root)
+    user = find_setting(conf, "user") or DEFAULT_USER
+    steps: "list[Step]" = [
+        Entries("the emulators that domains name", directory),
+        Block("libvirt gives QEMU no mount namespace, for it has one of its own", QEMU_CONF, _SETTINGS),
+    ]
+    apparmor = is_apparmor_enabled(root)
+    if apparmor:
+        profile = build_profile(directory, options.python, root)
+        steps.append(Block("what the profiles of domains need besides", PROFILE, profile))
+    by_hand = [f"virsh edit DOMAIN    # <emulator>{directory}/qemu-system-x86_64</emulator>", "systemctl restart libvirtd"]
+    if user not in ("root", "+0", "0") and f"\n{user}:" not in f"\n{read_text(f'{root}/etc/subuid') or ''}":
+        words = f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"
+        by_hand.append(f"{words}    # or another range that is free; else shares hold a single id")
+    return Setup(
+        (
+            f"libvirt: {f'Debian package {version}' if version else 'not installed'}",
+            f"QEMU runs as: {user}",
+            f"QEMU: {', '.join(find_qemus(STANDARD_PATH, root)) or 'none'}",
+            f"AppArmor: {'enabled' if apparmor else 'not enabled'}",
+        ),
+        tuple(steps),
+        tuple(_find_faults(conf, root)),
+        tuple(by_hand),
+    )
+
+
+def find_setting(conf: str, key: str) -> "str | None":
+    """Return a setting of libvirt's configuration file, whose first line of a key counts (virConfGetValue)."""
+    found = re.search(rf"^[ \t]*{key}[ \t]*=[ \t]*(.*?)[ \t]*$", conf, re.MULTILINE)
+    return None if found is None else found[1].strip("\"'")
+
+
+def _find_faults(conf: str, root: str) -> "list[Fault]":
+    """Return what no step mends."""
+    faults = []
+    if not os.path.exists(root + QEMU_CONF):
+        faults.append(Fault(QEMU_CONF, "is not there", "install libvirt-daemon-system"))
+    value = find_setting(conf, "namespaces")
+    if value is not None and value.replace(" ", "") != "[]":
+        hint = "remove that line: the first one counts"
+        faults.append(Fault(QEMU_CONF, f"has namespaces = {value}, and devices could not be plugged in by their paths", hint))
+    return faults
