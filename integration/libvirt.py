@@ -150,6 +150,7 @@ class SystemLibvirt(Libvirt):
             (folder / name).chmod(0o755)
         (folder / "etc/qemu.conf").write_text(f'stdio_handler = "file"\ncgroup_controllers = []\n{qemu_conf}')
         Path(self.MOUNTS["run"]).mkdir(exist_ok=True)
+        self._alone = beside is None
         # Debian's libvirt does not begin without this user, whatever the configuration names.
         user = "libvirt-qemu:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin\n"
         (folder / "passwd").write_text(Path("/etc/passwd").read_text() + user)
@@ -168,8 +169,9 @@ class SystemLibvirt(Libvirt):
     def end_programs(self) -> None:
         """End what a failure leaves behind, and remove what libvirt's own folder was mounted on, if that was all."""
         super().end_programs()
-        with contextlib.suppress(OSError):
-            Path(self.MOUNTS["run"]).rmdir()
+        if self._alone:  # else another one is mounted there
+            with contextlib.suppress(OSError):
+                Path(self.MOUNTS["run"]).rmdir()
 
 
 def _environment_of(pid: int) -> str:
