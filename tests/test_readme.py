@@ -117,7 +117,7 @@ def test_every_setting_is_in_the_usage() -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (CHECKOUT / target).exists(), target
-    titles = re.findall(r"^## (.*)$", README, re.MULTILINE)
+    titles = re.findall(r"^##+ (.*)$", README, re.MULTILINE)
     headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     for anchor in re.findall(r"\]\(#([^)]+)\)", README):
         assert anchor in headings, anchor
