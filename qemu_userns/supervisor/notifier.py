@@ -46,16 +46,23 @@ class Notifier:
             self._close()
             return
         *lines, self._heard = (self._heard + data).split(b"\n")
-        for line in lines:
-            if line.strip():
+        try:
+            for line in filter(bytes.strip, lines):
                 self._take(json.loads(line))
+        except (ValueError, RecursionError):
+            self._log("QEMU says what is no JSON: the service manager is told no more")
+            self._close()
+        except BrokenPipeError:
+            self._close()  # the broker has ended this client
 
-    def _take(self, message: "dict[str, object]") -> None:
-        """Take a message: the greeting, the answer to a command, or an event."""
+    def _take(self, message: object) -> None:
+        """Take a message: the greeting, the answer to a command, or an event; anything else says nothing."""
+        if not isinstance(message, dict):
+            return
         found = message.get("return")
         if "QMP" in message:
             self._ask("qmp_capabilities")
-        elif message.get("event") in _CHANGES or found == {}:
+        elif str(message.get("event")) in _CHANGES or found == {}:
             self._ask("query-status")
         elif isinstance(found, dict):
             self._tell(found.get("status"))

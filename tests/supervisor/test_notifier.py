@@ -81,6 +81,25 @@ def test_qemu_says_a_word_and_no_line_more(talk: Talk, status: object) -> None:
     assert talk.told() == ["STATUS=unknown", "READY=1", f"MAINPID={PID}"]
 
 
+@pytest.mark.parametrize("line", [b"{", b"[" * 100_000, b"\xff"])
+def test_what_is_no_json_ends_it(talk: Talk, line: bytes) -> None:
+    begin(talk)
+    talk.told()
+    talk.qemu.sendall(line + b"\n")
+    while not talk.log:
+        talk.poller.run_once(1)
+    assert talk.log == ["QEMU says what is no JSON: the service manager is told no more"]
+
+
+@pytest.mark.parametrize("message", [[], 1, None, "QMP", {"event": ["STOP"]}, {"event": {}}, {"return": [{}]}])
+def test_other_messages_say_nothing(talk: Talk, message: object) -> None:
+    begin(talk)
+    talk.told()
+    talk.say(message, {"event": "STOP"})
+    assert talk.asked() == "query-status"
+    assert talk.log == []
+
+
 def test_a_manager_that_is_gone_is_noted(tmp_path: Path) -> None:
     path = str(tmp_path / "notify")
     talk = Talk(path, path)
