@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from integration.vm import guest_files
 from qemu_userns.hooks.lxd import build_profile
@@ -147,7 +147,9 @@ class Vm:
         """Talk to the test guest, which the options of `guest_options` boot."""
         with socket.socket(socket.AF_UNIX) as channel:
             channel.connect(str(self.channel))
-            yield Guest(channel)
+            channel.settimeout(COMMAND_S)
+            with channel.makefile("rw", newline="\n") as file:
+                yield Guest(file)
 
     @property
     def channel(self) -> Path:
@@ -157,10 +159,9 @@ class Vm:
 class Guest:
     """The test guest, at the other end of its socket (integration/guest/init)."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, file: TextIO) -> None:
         """Borrow the channel; wait until the guest has booted."""
-        channel.settimeout(COMMAND_S)
-        self._file = channel.makefile("rw", newline="\n")
+        self._file = file
         assert self._file.readline() == "ready\n"
 
     def check(self, command: str) -> str:
