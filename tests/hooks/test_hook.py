@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -97,6 +98,7 @@ def test_a_diverted_qemu_is_found_behind_its_entry(system: Path) -> None:
 
 
 @pytest.mark.qemu
+@pytest.mark.newuidmap
 def test_the_tree_of_a_snap_has_a_drop_in_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In LXD's snap it is at another place; here the entry gets this one."""
     tree = tmp_path / "snap"
@@ -110,7 +112,11 @@ def test_the_tree_of_a_snap_has_a_drop_in_that_works(tmp_path: Path, capsys: pyt
     entry.write_text(entry.read_text().replace(there, repr([f"{tree}/lib/python", *compiled])))
     real = find_qemu("qemu-system-x86_64", os.environ["PATH"])
     (tree / "bin/qemu-system-x86_64.distrib").symlink_to(real)
-    done = subprocess.run([entry, "-version"], capture_output=True, text=True, env={"HOME": "/tmp", "PATH": "/nowhere"})
+    tools = tmp_path / "tools"  # a PATH without any QEMU
+    tools.mkdir()
+    for name in ("newuidmap", "newgidmap"):
+        (tools / name).symlink_to(shutil.which(name) or "/nowhere")
+    done = subprocess.run([entry, "-version"], capture_output=True, text=True, env={"HOME": "/tmp", "PATH": str(tools)})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == subprocess.run([real, "-version"], capture_output=True, text=True).stdout
     with pytest.raises(ResourceError, match="is not empty"):
