@@ -25,14 +25,10 @@ pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.systemd, pytest.
 VM = "qemu-userns@vm.service"
 IDLE = "-nodefaults -display none -M q35 -S"
 # Of systemd.exec(5): what a VM starts with besides the unit's own, and what keeps it from starting.
-MORE = (
-    "ProtectProc=invisible",
-    "ProtectHome=yes",
-    "PrivateTmp=yes",
-    "PrivateDevices=yes",
-    "PrivateNetwork=yes",
-    "PrivateIPC=yes",
-)
+HIDES = {"ProtectHome=yes": ("/home/", "/root/"), "PrivateTmp=yes": ("/tmp/", "/var/tmp/")}
+"""What cannot be tried where the program itself is there."""
+ALL_MORE = ("ProtectProc=invisible", *HIDES, "PrivateDevices=yes", "PrivateNetwork=yes", "PrivateIPC=yes")
+MORE = tuple(option for option in ALL_MORE if not str(CHECKOUT).startswith(HIDES.get(option, ())))
 TOO_MUCH = (
     *("RestrictNamespaces=yes", "PrivateUsers=yes", "RestrictSUIDSGID=yes", "ProtectKernelTunables=yes"),
     "MemoryDenyWriteExecute=yes",
