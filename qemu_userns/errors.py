@@ -32,6 +32,11 @@ class QemuUsernsError(Exception):
         self.hint = hint
         self.rule = rule
 
+    def find_rule(self) -> "str | None":
+        """Return the rule, if a system call that failed has not failed for another reason than rights."""
+        other = isinstance(self.__cause__, OSError) and self.__cause__.errno not in (1, 13)  # EPERM, EACCES
+        return None if other else self.rule
+
 
 class UsageError(QemuUsernsError):
     """An option, an environment variable or a configuration file of ours is wrong."""

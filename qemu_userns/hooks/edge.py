@@ -50,7 +50,8 @@ def explain_denial(error: QemuUsernsError, profile: "str | None") -> str:
         error: a step that failed.
         profile: AppArmor's, of this process.
     """
-    if profile is None or error.rule is None or (isinstance(error.__cause__, OSError) and error.__cause__.errno not in (1, 13)):
+    rule = error.find_rule()
+    if profile is None or rule is None:
         return ""
     kind, _, rest = profile.partition("-")
     command = "add it to the profile, and load that with apparmor_parser -r"
@@ -61,7 +62,7 @@ def explain_denial(error: QemuUsernsError, profile: "str | None") -> str:
         command += f", which qemu-userns hook {kind} --apply writes"
     elif kind == "libvirt":
         command = "add it to /etc/apparmor.d/local/abstractions/libvirt-qemu"
-    lack = f"its profile {printable(profile)} lacks `{error.rule}`"
+    lack = f"its profile {printable(profile)} lacks `{rule}`"
     return f"hint: where it is AppArmor that forbids this, {lack}: {printable(command)}\n"
 
 

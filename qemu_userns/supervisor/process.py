@@ -68,9 +68,9 @@ class Supervisor:
         answer = os.read(self._answer_fd, _SIZE_BYTES)
         if not answer:
             raise SandboxError("cannot make the user namespace", "the supervisor has died")
-        kind, what, why, hint = os.fsdecode(answer).split("\0", 3)
+        kind, what, why, hint, rule = os.fsdecode(answer).split("\0", 4)
         if kind != READY:
-            raise (HostError if kind == "HostError" else SandboxError)(what, why, hint or None)
+            raise (HostError if kind == "HostError" else SandboxError)(what, why, hint or None, rule=rule or None)
         namespaces = tuple(open_namespace(int(what), kind) for kind in ("user", "mnt", "ipc"))
         os.close(self._answer_fd)
         return namespaces
@@ -220,9 +220,9 @@ def _make_namespaces(identity: "Identity", answer: int) -> "Holder | None":
     try:
         holder = Holder(identity)
         write_maps(holder.pid, identity)
-        words = (READY, str(holder.pid), "", "")
+        words = (READY, str(holder.pid), "", "", "")
     except (HostError, SandboxError) as err:
-        words = (type(err).__name__, err.what, err.why, err.hint or "")
+        words = (type(err).__name__, err.what, err.why, err.hint or "", err.find_rule() or "")
     try:
         os.write(answer, os.fsencode("\0".join(words)))
     except BrokenPipeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qemu_userns.errors import SandboxError
 from qemu_userns.host.leftovers import Downscript, Leftover, decode, encode, remove
 from qemu_userns.plan.facts import Account, Caller
 from qemu_userns.plan.identity import DIRECT, SELF, Identity, MapEntry
@@ -125,6 +127,23 @@ def test_the_namespace_comes_with_its_maps() -> None:
     uid_map, setgroups = in_launcher(launcher)
     assert uid_map.split() == ["0", str(UID), "1"]
     assert setgroups == "deny\n"
+
+
+@pytest.mark.parametrize(("cause", "rule"), [(errno.EACCES, "mount,"), (errno.ENOSPC, None)])
+def test_a_refusal_of_the_supervisors_arrives_whole(monkeypatch: pytest.MonkeyPatch, cause: int, rule: str | None) -> None:
+    def refuse(_: object) -> None:
+        raise SandboxError("what", "why", "a hint", rule="mount,") from OSError(cause, "why")
+
+    monkeypatch.setattr("qemu_userns.supervisor.process.Holder", refuse)
+
+    def launcher(supervisor: Supervisor) -> list[str]:
+        try:
+            supervisor.open_namespaces()
+        except SandboxError as err:
+            return [err.what, err.why, str(err.hint), str(err.find_rule())]
+        return []
+
+    assert in_launcher(launcher) == ["what", "why", "a hint", str(rule)]
 
 
 @pytest.mark.userns
