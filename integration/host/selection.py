@@ -50,7 +50,7 @@ class Selection(NamedTuple):
 
     tests: tuple[str, ...]
     limit_s: int
-    """For the host from its boot to its end, on two processors that others use too; a quiet one takes a third of it."""
+    """For the host from its boot to its end, on a machine that others use too; a quiet one takes a third of it."""
 
 
 SELECTIONS = {

@@ -212,30 +212,51 @@ def _parse_toml(data: bytes, path: str) -> "dict[str, list[str]]":
     for key, value in document.items():
         if key == "qemu" and isinstance(value, dict):
             for name, program in value.items():
-                settings[f"qemu.{name}"] = _flatten(program, str, f"{path}: qemu.{name}")
+                settings[f"qemu.{name}"] = _flatten(program, (str,), f"{path}: qemu.{name}")
         elif key == "qmp":
             from qemu_userns.host.settings_qmp import encode_tables
 
             settings.update(encode_tables(value, path))
         elif key == "share":
-            from qemu_userns.host.settings_shares import parse_table
+            from qemu_userns.host.settings_shares import KEYS as SHARE_KEYS
 
-            settings.update(parse_table(value, path))
+            settings.update(_flatten_tables(value, key, SHARE_KEYS, path))
         elif key == "tap":
-            from qemu_userns.host.settings_taps import flatten_taps
+            from qemu_userns.host.settings_taps import KEYS as TAP_KEYS
 
-            settings.update(flatten_taps(value, path))
+            settings.update(_flatten_tables(value, key, TAP_KEYS, path))
         elif key in TYPES and "." not in key:
-            settings[key] = _flatten(value, TYPES[key], f"{path}: {key}")
+            settings[key] = _flatten(value, (TYPES[key],), f"{path}: {key}")
         else:
             raise UsageError(f"{path}: {key}", "there is no such setting", f"known are {', '.join(TYPES)}")
     return settings
 
 
-def _flatten(value: object, wanted: type, what: str) -> "list[str]":
-    """Write a value as strings; raises UsageError."""
-    if type(value) is not wanted:
-        raise UsageError(what, f"is not a {wanted.__name__}", "correct its type")
+def _flatten_tables(value: object, kind: str, keys: "Mapping[str, tuple[type, ...]]", path: str) -> "dict[str, list[str]]":
+    """Write the tables [KIND.NAME] as flat settings KIND.NAME.KEY; raises UsageError.
+
+    Args:
+        value: the table of them.
+        kind: its name.
+        keys: of each of them, with the types that it may have.
+        path: of the file.
+    """
+    if not isinstance(value, dict) or not all(isinstance(table, dict) for table in value.values()):
+        raise UsageError(f"{path}: {kind}", "is not a table of tables", f"write [{kind}.NAME]")
+    settings: "dict[str, list[str]]" = {}
+    for name, table in value.items():
+        for key, entry in table.items():
+            what = f"{path}: {kind}.{name}.{key}"
+            if key not in keys or not name:
+                raise UsageError(what, "there is no such setting", f"known are {', '.join(keys)}")
+            settings[f"{kind}.{name}.{key}"] = _flatten(entry, keys[key], what)
+    return settings
+
+
+def _flatten(value: object, wanted: "tuple[type, ...]", what: str) -> "list[str]":
+    """Write a value of one of some types as strings; raises UsageError."""
+    if type(value) not in wanted:
+        raise UsageError(what, f"is not a {wanted[0].__name__}", "correct its type")
     if isinstance(value, list):
-        return [line for item in value for line in _flatten(item, str, what)[0].split("\n")]
+        return [line for item in value for line in _flatten(item, (str,), what)[0].split("\n")]
     return ["on" if value else "off"] if isinstance(value, bool) else [str(value)]

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from qemu_userns.host.config import Config
 
 PREFIX = "share."
-KEYS = {"idmap": list, "path": str, "driver": str, "readonly": bool, "security_model": str}
+KEYS: "dict[str, tuple[type, ...]]" = {
+    "idmap": (list,),
+    "path": (str,),
+    "driver": (str,),
+    "readonly": (bool,),
+    "security_model": (str,),
+}
 _SPELLED = {"driver": "driver", "map": "idmap", "readonly": "readonly", "security_model": "security_model"}
 _TAG_MAX_BYTES = 31  # virtio-9p's MAX_TAG_LEN with its NUL
 _SWITCHES = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
@@ -86,29 +92,6 @@ def check_shares(config: "Config", objects: "Sequence[Object]") -> None:
             raise UsageError(what, f"virtiofsd has no security_model={share.model}", hint)
         if share.tag in taken:
             raise UsageError(what, "the command line has a share of that name already", "give one of them another tag")
-
-
-def parse_table(value: object, path: str) -> "dict[str, list[str]]":
-    """Return what the table `share` of a file says as flat settings; raises UsageError."""
-    if not isinstance(value, dict) or not all(isinstance(table, dict) for table in value.values()):
-        raise UsageError(f"{path}: share", "is not a table of tables", "write [share.NAME], with the share's id or mount tag")
-    settings: "dict[str, list[str]]" = {}
-    for name, table in value.items():
-        for key, entry in table.items():
-            what = f"{path}: share.{name}.{key}"
-            if key not in KEYS or not name:
-                raise UsageError(what, "there is no such setting", f"known are {', '.join(KEYS)}")
-            settings[f"{PREFIX}{name}.{key}"] = _flatten(entry, KEYS[key], what)
-    return settings
-
-
-def _flatten(entry: object, wanted: type, what: str) -> "list[str]":
-    """Return a value of a table as strings; raises UsageError."""
-    if type(entry) is not wanted or (isinstance(entry, list) and not all(isinstance(line, str) for line in entry)):
-        raise UsageError(what, f"is not a {'list of strings' if wanted is list else wanted.__name__}", "correct its type")
-    if isinstance(entry, list):
-        return [line for item in entry for line in item.split("\n")]
-    return ["on" if entry else "off"] if isinstance(entry, bool) else [str(entry)]
 
 
 def _name(members: "list[tuple[str, str]]", where: str) -> "list[tuple[str, str]]":

@@ -9,6 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+KEYS: "dict[str, tuple[type, ...]]" = {"bridge": (str,), "mtu": (int,), "mac": (str,), "owner": (str, int), "up": (bool,)}
 _NAME_MAX_BYTES = 15  # of an interface: IFNAMSIZ
 _MTU_MIN, _MTU_MAX = 68, 65521  # of a tap, in bytes: drivers/net/tun.c
 _MAC_PARTS = 6
@@ -34,20 +35,6 @@ def parse_tap(taps: "tuple[TapSettings, ...]", key: str, text: str, what: str) -
         )
     found = next((tap for tap in taps if tap.name == name), TapSettings(name))
     return (*(tap for tap in taps if tap.name != name), found.replace(**{member: _PARSERS[member](text, what)}))
-
-
-def flatten_taps(value: object, path: str) -> "dict[str, list[str]]":
-    """Return what the table `tap` says as flat settings; raises UsageError."""
-    if not isinstance(value, dict) or not all(isinstance(table, dict) for table in value.values()):
-        raise UsageError(f"{path}: tap", "is not a table of tables", "write [tap.NAME], with the id of a nic")
-    settings: "dict[str, list[str]]" = {}
-    for name, table in value.items():
-        for key, item in table.items():
-            what = f"{path}: tap.{name}.{key}"
-            if type(item) not in _TYPES.get(key, (str,)):
-                raise UsageError(what, f"is not a {_TYPES.get(key, (str,))[0].__name__}", "correct its type")
-            settings[f"{TAP}{name}.{key}"] = [("on" if item else "off") if isinstance(item, bool) else str(item)]
-    return settings
 
 
 def _parse_bridge(text: str, what: str) -> str:
@@ -85,4 +72,3 @@ _PARSERS: "dict[str, Callable[[str, str], object]]" = {
     "owner": find_uid,
     "up": _parse_up,
 }
-_TYPES: "dict[str, tuple[type, ...]]" = {"mtu": (int,), "owner": (str, int), "up": (bool,)}

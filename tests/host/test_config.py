@@ -162,7 +162,7 @@ def test_a_later_list_of_tables_replaces_the_earlier(tmp_path: Path) -> None:
         ("[share.'']\nidmap = ['both 1 1']", "share..idmap", "no such setting"),
         ("tap = 1", "tap", "is not a table of tables"),
         ("[tap]\nbridge = 'b'", "tap", "is not a table of tables"),
-        ("[tap.n]\nspeed = 1", "tap.n.speed", "is not a str"),
+        ("[tap.n]\nspeed = 1", "tap.n.speed", "there is no such setting"),
         ("[tap.n]\nspeed = 'x'", "tap.n.speed", "no such setting"),
         ("[tap.n]\nmtu = '1500'", "tap.n.mtu", "is not a int"),
         ("[tap.n]\nmtu = 67", "tap.n.mtu", "'67' is no mtu"),
