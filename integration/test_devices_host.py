@@ -11,7 +11,7 @@ import pytest
 
 from integration.plugged import plugged
 from integration.shares import Launch, dropin_words
-from integration.talk import outcome, wait_until
+from integration.talk import fds_of, outcome, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ def vsock() -> None:
 def test_a_guests_number_is_nobody_elses(launch: Launch, shared_tmp: Path) -> None:
     device = f"vhost-vsock-pci,guest-cid={CID}"
     with plugged(shared_tmp / "first", launch, "-device", device, machine=PC) as vm:
-        assert "/dev/vhost-vsock" in {os.readlink(fd) for fd in (vm.proc / "fd").iterdir()}
+        assert "/dev/vhost-vsock" in fds_of(vm.process.pid).values()
         status, _, stderr = outcome([*dropin_words(), *launch.options], *PC, "-device", device)
         assert status == 1
         assert stderr.splitlines()[0] == (f"qemu-userns: -device vhost-vsock-pci guest-cid={CID}: another VM has this number")
@@ -122,14 +122,14 @@ def test_a_pci_device_is_given_to_a_guest(launch: Launch, shared_tmp: Path, spar
     with plugged(shared_tmp / "vm", launch, "-device", f"vfio-pci,{name}={value},id=v", machine=PC) as vm:
         assert "vfio-pci" in vm.qmp.hmp("info qtree")
         assert int((vm.proc / "limits").read_text().split("Max locked memory")[1].split()[0]) >= 1056 << 20
-        assert any(os.readlink(fd).startswith("anon_inode:[vfio-device]") for fd in (vm.proc / "fd").iterdir())
+        assert any(target.startswith("anon_inode:[vfio-device]") for target in fds_of(vm.process.pid).values())
 
 
 @pytest.mark.root
 def test_a_pci_device_is_plugged_in(launch: Launch, shared_tmp: Path, spare_nic: str) -> None:
     with plugged(shared_tmp / "vm", launch, machine=PC) as vm:
         vm.qmp.execute("device_add", driver="vfio-pci", id="v", host=spare_nic)
-        assert any(os.readlink(fd).startswith("anon_inode:[vfio-device]") for fd in (vm.proc / "fd").iterdir())
+        assert any(target.startswith("anon_inode:[vfio-device]") for target in fds_of(vm.process.pid).values())
         assert int((vm.proc / "limits").read_text().split("Max locked memory")[1].split()[0]) >= 1056 << 20
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import grp
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from integration.rom import EXIT_DEVICE, build_rom, exit_status
 from integration.shares import Launch, dropin_words
+from integration.talk import fds_of
 from tests.conftest import KVM, lacking, probe_kvm
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def test_kvm_is_really_used(launch: Launch) -> None:
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as qemu:
         assert qemu.stdout is not None
         assert "QEMU" in qemu.stdout.readline()
-        targets = {os.readlink(fd) for fd in Path(f"/proc/{qemu.pid}/fd").iterdir()}
+        targets = set(fds_of(qemu.pid).values())
         capabilities = Path(f"/proc/{qemu.pid}/status").read_text().partition("CapEff:\t")[2].split()[0]
         output, _ = qemu.communicate("info kvm\nquit\n", timeout=60)
     assert "kvm support: enabled" in output

@@ -13,7 +13,7 @@ import pytest
 
 from integration.rom import EXIT_DEVICE, build_rom, exit_status
 from integration.shares import Launch, dropin_words, fsdev
-from integration.talk import DEADLINE_S, PLAIN
+from integration.talk import DEADLINE_S, PLAIN, fds_of
 from integration.test_hotplug_guest import wait_for
 from integration.vm import running_guest
 
@@ -93,6 +93,6 @@ def test_a_guest_with_linux_talks_over_vsock(launch: Launch, shared_tmp: Path, l
             assert (cid, connection.recv(100)) == (CID, b"from the guest")
             connection.sendall(b"from the host")
         assert guest.check(f"{wait_for('[ -s /tmp/talk ]')}; cat /tmp/talk") == "from the host\n"
-        targets = {os.readlink(fd) for fd in (guest.proc / "fd").iterdir()}
+        targets = set(fds_of(guest.pid).values())
         assert {"anon_inode:kvm-vm", "/dev/vhost-vsock"} <= targets
         assert (guest.proc / "status").read_text().partition("CapEff:\t")[2].split()[0] == "0" * 16

@@ -175,7 +175,8 @@ def clone_bind(path: str, inode: "tuple[int, int] | None") -> int:
         finally:
             os.close(place)
     except OSError as err:
-        raise ResourceError(f"cannot show {path} to QEMU", err.strerror or str(err)) from err
+        rule = "capability sys_admin, mount,"
+        raise ResourceError(f"cannot show {path} to QEMU", err.strerror or str(err), rule=rule) from err
     if inode is not None:
         check_inode(os.fstat(fd), inode, path)
     return fd
