@@ -1,4 +1,4 @@
-"""README and the manual pages: their examples work, and they name every setting and every command that there is."""
+"""README, docs/ and the manual pages: their examples work, and they name every setting and every command that there is."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 README = (CHECKOUT / "README.md").read_text()
 DOCS = CHECKOUT / "docs"
 MAN_1, MAN_5 = DOCS / "qemu-userns.1", DOCS / "qemu-userns-config.5"
+PAGES = {page: page.read_text() for page in (CHECKOUT / "README.md", *sorted(DOCS.glob("*.md")))}
 
-EXAMPLES = re.findall(r"^```sh test\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+EXAMPLES = re.findall(r"^```sh test\n(.*?)^```$", "\n".join(PAGES.values()), re.MULTILINE | re.DOTALL)
 TOML_EXAMPLES = re.findall(r"^```toml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
@@ -114,17 +115,27 @@ def test_every_setting_is_in_the_usage() -> None:
     assert set(re.findall(r"(\w+)=", usage().split("KEY=VALUE:", 1)[1])) <= set(TYPES)
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (CHECKOUT / target).exists(), target
-    titles = re.findall(r"^##+ (.*)$", README, re.MULTILINE)
-    headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
-    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
-        assert anchor in headings, anchor
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", PAGES[page]):
+        found = (page.parent / target).resolve() if target else page
+        assert found.exists(), target
+        assert not anchor or anchor in find_anchors(PAGES[found]), f"{target}#{anchor}"
+
+
+def find_anchors(text: str) -> set[str]:
+    """Return the anchors that a page's headings have."""
+    titles = re.findall(r"^##+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent == DOCS], ids=lambda page: page.name)
+def test_readme_leads_to_every_page(page: Path) -> None:
+    assert f"](docs/{page.name})" in README
 
 
 def test_scripts_are_there() -> None:
-    for name in re.findall(r"scripts/[a-z]+", README):
+    for name in re.findall(r"scripts/[a-z]+", "\n".join(PAGES.values())):
         assert os.access(CHECKOUT / name, os.X_OK), name
 
 
