@@ -10,6 +10,8 @@ from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST, WHOLE_HOST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from collections.abc import Sequence
 
     from qemu_userns.catalogue.needs import Need
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 
 # With these an NBD client connects again.
 _ANEW = ("reconnect-delay", "open-timeout")
-_MONITOR_OBJECTS = (11, 1)  # from this version on QEMU warns of -mon
-_MONITORS = ("monitor", "qmp", "qmp-pretty")
+MONITOR_OBJECTS = (11, 1)  # from this version on QEMU warns of -mon
+MONITORS = ("monitor", "qmp", "qmp-pretty")
 LOWEST_OWN_FD = 300  # fds that the plan adds are numbered from here, out of the way of those that callers count from 3
 _LOW_FD_LIMIT = LOWEST_OWN_FD + 64  # below it they are numbered from as low as can be
 _LAUNCHERS_FDS = 32  # that it opens besides: the lowest numbers that are free
@@ -276,7 +278,7 @@ class Draft:
         mux = ["mux=on"] if legacy.mux else []
         self.words += ("-chardev", ",".join([legacy.backend, f"id={label}", *members, *mux]))
         if legacy.mux:
-            if self.version >= _MONITOR_OBJECTS:
+            if self.version >= MONITOR_OBJECTS:
                 self.words += ("-object", f"monitor-hmp,id=qemu-userns-{label},chardev={label}")
             else:
                 self.words += ("-mon", f"chardev={label},mode=readline")
@@ -284,12 +286,12 @@ class Draft:
 
     def label(self, obj: "Object") -> str:
         """Return the label that QEMU would give to an old style character device."""
-        base = "compat_monitor" if obj.kind in _MONITORS else obj.kind
-        if base not in ("compat_monitor", "serial", "parallel"):
-            return base
-        same = _MONITORS if obj.kind in _MONITORS else (obj.kind,)
-        before = [other for other in self.objects if other.kind in same and other.option < obj.option]
-        return f"{base}{sum(other.get('value') != 'none' for other in before)}"
+        before = [other for other in self.objects if other.option < obj.option]
+        if obj.kind in MONITORS:
+            return f"compat_monitor{count_numbered(before)}"
+        if obj.kind not in ("serial", "parallel"):
+            return obj.kind
+        return f"{obj.kind}{sum(other.kind == obj.kind and other.get('value') != 'none' for other in before)}"
 
     def keep_fd(self, number: int, why: str, reopened: bool = False) -> None:
         """Keep an fd of the caller under its number; one that is not open is QEMU's to complain about."""
@@ -329,3 +331,9 @@ def is_shown(path: str) -> bool:
 def missing_hint(need: "Need", cwd: str) -> str:
     """Say what a relative path is relative to."""
     return "check the path" if need.path.startswith("/") else f"the path is relative to {cwd}"
+
+
+def count_numbered(objects: "Iterable[Object]") -> int:
+    """Return how many monitors in the old language are numbered by QEMU: not those that name a character device."""
+    monitors = [obj.get("value") or "" for obj in objects if obj.kind in MONITORS]
+    return sum(value != "none" and not value.startswith("chardev:") for value in monitors)

@@ -4,6 +4,7 @@ from qemu_userns.catalogue import ways
 from qemu_userns.catalogue.monitors import find_monitors, find_untouched
 from qemu_userns.cmdline.objects import as_switch
 from qemu_userns.cmdline.source import append, remove, replace
+from qemu_userns.plan.draft import MONITOR_OBJECTS, count_numbered
 from qemu_userns.plan.facts import ABSENT, SOCKET
 from qemu_userns.plan.grants import CONNECT, FD, LISTEN, OWN, STDIO, Listen, Monitor, Notify, QmpSocket, Reserved
 from qemu_userns.plan.rights import expand_path, find_rights
@@ -44,6 +45,7 @@ def serve_monitors(
                 "the settings restrict it, and it is one that QEMU serves by itself",
                 "give it a plain socket of its own, without TLS, telnet, websocket or mux, or leave it out of [[qmp.monitor]]",
             )
+    _name_others(draft)
     if settings.sockets:
         add_sockets(draft, settings.sockets)
     if settings.notify:
@@ -51,6 +53,20 @@ def serve_monitors(
     if settings.passthrough:
         add_passthrough(draft, settings.passthrough)
     return [need for need in needs if need.row.way not in (ways.SOCKET, ways.FD, ways.CHARDEV) or need.obj not in served]
+
+
+def _name_others(draft: "Draft") -> None:
+    """Give the monitors without an id the one that QEMU gives them: the next after those in the old language.
+
+    These name their character devices now, and from 11.1 on QEMU would number the others as if there were none of them.
+    """
+    first = count_numbered(draft.objects)
+    if draft.version >= MONITOR_OBJECTS and first:
+        nameless = [obj for obj in draft.objects if obj.kind == "mon" and obj.id is None]
+        draft.edits += [
+            append(obj, "id", f"compat_monitor{number}", "the id that QEMU would give it")
+            for number, obj in enumerate(nameless, first)
+        ]
 
 
 def _note_untouched(draft: "Draft", label: str, why: str) -> None:

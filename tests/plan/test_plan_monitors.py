@@ -284,6 +284,26 @@ def test_the_monitor_of_a_mux_is_made_as_qemu_wants_it(version: tuple[int, ...],
     assert [pair for pair in itertools.pairwise(words) if pair[0] in ("-mon", "-object")] == [added]
 
 
+@pytest.mark.parametrize(
+    ("version", "names"),
+    [((11, 0, 9), ["h,mode=readline", "m,id=x"]), ((11, 1, 0), ["h,mode=readline,id=compat_monitor2", "m,id=x"])],
+)
+def test_a_monitor_without_an_id_has_the_one_of_plain_qemu(version: tuple[int, ...], names: list[str]) -> None:
+    """QEMU 11.1 would number it as if there were no -qmp, since ours name a character device."""
+    argv = ("-chardev", "null,id=h", "-mon", "h,mode=readline", "-qmp", "unix:/rootdir/q0,server=on", "-monitor", "none")
+    words = plan_of(*argv, "-qmp", "unix:/rootdir/q1,server=on", *CHARDEV, "-mon", "m,id=x", root=True, version=version).words
+    assert [word for option, word in itertools.pairwise(words) if option == "-mon"] == names
+    assert [word for option, word in itertools.pairwise(words) if option == "-qmp"] == [
+        "chardev:compat_monitor0",
+        "chardev:compat_monitor1",
+    ]
+
+
+def test_a_monitor_that_names_its_device_is_not_numbered() -> None:
+    words = plan_of(*CHARDEV, "-monitor", "chardev:m", "-qmp", "unix:/rootdir/q,server=on", root=True).words
+    assert [word for option, word in itertools.pairwise(words) if option == "-qmp"] == ["chardev:compat_monitor0"]
+
+
 def test_a_monitor_is_not_made_while_qemu_runs() -> None:
     for kind in ("monitor-qmp", "monitor-hmp"):
         text = json.dumps({"execute": "object-add", "arguments": {"qom-type": kind, "id": "o", "chardev": "m"}})
