@@ -121,7 +121,6 @@ def qemu_words(host: HostFiles, home: Path) -> list[str]:
             "-device",
             "virtio-blk-pci,drive=project",
         ),
-        *("-monitor", f"unix:{home}/monitor,server=on,wait=off"),
         *("-fw_cfg", f"name=opt/qemu-userns/command,file={home}/command"),
         *("-device", "virtio-serial-pci,id=ports"),
         *(
