@@ -56,14 +56,23 @@ def explain_denial(error: QemuUsernsError, profile: "str | None") -> str:
     kind, _, rest = profile.partition("-")
     command = "add it to the profile, and load that with apparmor_parser -r"
     if kind in _CLIENTS:
-        instance = rest.partition("_<")[0]
         lines = f"/etc/qemu-userns/{kind}.apparmor"
-        command = f'{_CLIENTS[kind]} config set {instance} raw.apparmor "$(cat {lines})"'
+        command = f'{_CLIENTS[kind]} config set {_parse_instance(rest)} raw.apparmor "$(cat {lines})"'
         command += f", which qemu-userns hook {kind} --apply writes"
     elif kind == "libvirt":
         command = "add it to /etc/apparmor.d/local/abstractions/libvirt-qemu"
     lack = f"its profile {printable(profile)} lacks `{rule}`"
     return f"hint: where it is AppArmor that forbids this, {lack}: {printable(command)}\n"
+
+
+def _parse_instance(text: str) -> str:
+    """Return the words that name the VM of a profile of LXD's: `v1_</var/lib/lxd>`, and of a project's, `p_v1_</var/lib/lxd>`.
+
+    Neither name can have a `_`. A profile whose name would be too long is named by a digest.
+    """
+    name, mark, _ = text.partition("_<")
+    project, _, instance = name.rpartition("_")
+    return (f"--project {project} {instance}" if project else instance) if mark else "INSTANCE"
 
 
 def _print(text: str) -> None:

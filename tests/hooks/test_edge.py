@@ -26,8 +26,18 @@ def denied(code: int, rule: str | None) -> QemuUsernsError:
         ),
         (
             "incus-p_v1_</var/lib/incus>",
-            'incus config set p_v1 raw.apparmor "$(cat /etc/qemu-userns/incus.apparmor)", '
+            'incus config set --project p v1 raw.apparmor "$(cat /etc/qemu-userns/incus.apparmor)", '
             "which qemu-userns hook incus --apply writes",
+        ),
+        (
+            "lxd-p-1_v-1_</var/snap/lxd/common/lxd>",
+            'lxc config set --project p-1 v-1 raw.apparmor "$(cat /etc/qemu-userns/lxd.apparmor)", '
+            "which qemu-userns hook lxd --apply writes",
+        ),
+        (
+            "lxd-0123456789abcdef",
+            'lxc config set INSTANCE raw.apparmor "$(cat /etc/qemu-userns/lxd.apparmor)", '
+            "which qemu-userns hook lxd --apply writes",
         ),
         ("libvirt-c0ffee", "add it to /etc/apparmor.d/local/abstractions/libvirt-qemu"),
         ("/usr/bin/mine", "add it to the profile, and load that with apparmor_parser -r"),
