@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from integration.vm import guest_files
-from qemu_userns.hooks.lxd import build_profile
+from qemu_userns.hooks.apparmor import build_profile
 from tests.conftest import dropin_folder
 
 if TYPE_CHECKING:

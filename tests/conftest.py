@@ -109,6 +109,7 @@ PROBES: dict[str, tuple[str, Callable[[], str | None]]] = {
     "xattr": ("user xattrs in the folder for temporary files", probe_xattr),
     "libvirt": ("libvirt's session daemon and virsh", probe_libvirt),
     "systemd": ("systemd and nsenter", lambda: try_command("/usr/lib/systemd/systemd", "--version")),
+    "apparmor_parser": ("apparmor_parser", lambda: try_command("/usr/sbin/apparmor_parser", "--version")),
     "passt": ("passt", lambda: try_command("passt", "--version")),
     "network_drives": ("QEMU's modules for network drives", probe_network_drives),
     "vde": ("vde_switch", lambda: try_command("vde_switch", "--version")),

@@ -6,6 +6,7 @@ import sys
 
 from qemu_userns.errors import HostError, ResourceError
 from qemu_userns.hooks.bundle import PREFIX, build_bundle, find_name
+from qemu_userns.hooks.files import NEW, act, write_file
 from qemu_userns.host.qemu import DIVERTED, is_own_entry
 
 # Started without site and isolated, which saves a third of an interpreter start. The second line is how find_qemu knows us.
@@ -64,18 +65,22 @@ def install(directory: str, path_env: str, root: str = "") -> "list[str]":
         The names of the entries.
 
     Raises:
-        HostError: there is no QEMU.
+        HostError: there is no QEMU, or the path of the interpreter has a blank.
         ResourceError: the directory cannot be written, or holds a file of such a name that is not ours.
     """
     names = find_qemus(path_env, root)
     if not names:
         raise HostError("qemu-system-*", "no QEMU in PATH", "install qemu-system-x86 or another qemu-system package")
+    python = os.path.realpath(sys.executable)
+    if any(character.isspace() for character in python):
+        raise HostError(python, "has a blank, and no first line of a script can name it", "install qemu-userns at another place")
     directory = os.path.abspath(directory)
     bundle = os.path.join(directory, find_name(_ENTRY))
     try:
         os.makedirs(root + directory, exist_ok=True)
-        _write(root + bundle, build_bundle(), 0o644)
-        write_entries(root + directory, names, os.path.realpath(sys.executable), find_import_path(), bundle)
+        _remove_leftovers(root + directory)
+        write_file(root + bundle, build_bundle(), 0o644)
+        write_entries(root + directory, names, python, find_import_path(), bundle)
         _remove_others(root + bundle)
     except OSError as err:
         raise ResourceError(str(err.filename or directory), err.strerror or str(err)) from err
@@ -107,16 +112,27 @@ def uninstall(directory: str) -> bool:
     Raises:
         ResourceError: it cannot be removed.
     """
-    try:
-        names = os.listdir(directory)
-        ours = [name for name in names if name.startswith(PREFIX) or is_own_entry(os.path.join(directory, name))]
-        for name in ours:
-            os.unlink(os.path.join(directory, name))
-    except FileNotFoundError:
-        return False
-    except OSError as err:
-        raise ResourceError(str(err.filename or directory), err.strerror or str(err)) from err
+    ours = list_own_files(directory)
+    for name in ours:
+        act(os.unlink, os.path.join(directory, name))
     return bool(ours)
+
+
+def list_own_files(directory: str) -> "list[str]":
+    """Return the names of what `install` has put into a directory, or was putting there when it was killed.
+
+    Raises:
+        ResourceError: it cannot be read.
+    """
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    except OSError as err:
+        raise ResourceError(directory, err.strerror or str(err)) from err
+    return [
+        name for name in names if name.startswith(PREFIX) or name.endswith(NEW) or is_own_entry(os.path.join(directory, name))
+    ]
 
 
 def find_qemus(path_env: str, root: str = "") -> "list[str]":
@@ -148,6 +164,13 @@ def find_import_path() -> "list[str]":
     return list(dict.fromkeys(path))
 
 
+def _remove_leftovers(directory: str) -> None:
+    """Remove what somebody was writing when killed; raises OSError."""
+    for name in os.listdir(directory):
+        if name.endswith(NEW):
+            os.unlink(os.path.join(directory, name))
+
+
 def _remove_others(bundle: str) -> None:
     """Remove the bundles of other versions; an entry that still names one imports the modules one by one."""
     directory, name = os.path.split(bundle)
@@ -160,16 +183,4 @@ def _write_entry(path: str, text: str) -> None:
     """Write an entry beside its place and move it there, so that a start at the same moment finds a whole one."""
     if os.path.lexists(path) and not is_own_entry(path):
         raise ResourceError(path, "is not an entry of qemu-userns, and is left alone", "name another directory")
-    _write(path, text.encode(), 0o755)
-
-
-def _write(path: str, data: bytes, mode: int) -> None:
-    """Write a file beside its place and move it there."""
-    temporary = f"{path}.new"
-    fd = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        os.fchmod(fd, mode)
-        file.flush()
-        os.fsync(fd)  # after a crash of the host the new name must not stand for half a file
-    os.rename(temporary, path)
+    write_file(path, text.encode(), 0o755)

@@ -7,10 +7,15 @@ leased ids, and else that user is QEMU's root inside.
 import os
 import re
 
-from qemu_userns.hooks.host import find_package, is_apparmor_enabled
+from qemu_userns.hooks import applied
+from qemu_userns.hooks.apparmor import build_profile, find_restriction, is_apparmor_enabled
+from qemu_userns.hooks.files import read_text
+from qemu_userns.hooks.host import find_package, find_processes
 from qemu_userns.hooks.install import find_qemus
-from qemu_userns.hooks.lxd import build_profile
-from qemu_userns.hooks.steps import STANDARD_PATH, Block, Entries, Fault, Setup, Step, read_text
+from qemu_userns.hooks.limits import describe_limits, describe_qemu
+from qemu_userns.hooks.steps import STANDARD_PATH, Fault, Setup, Step
+from qemu_userns.hooks.steps_files import MARK, Block
+from qemu_userns.hooks.steps_qemu import Entries
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +39,11 @@ def build_setup(options: "Options") -> Setup:
     conf = read_text(root + QEMU_CONF) or ""
     version = find_package("libvirt-daemon-driver-qemu", root) or find_package("libvirt-daemon", root)
     user = find_setting(conf, "user") or DEFAULT_USER
+    qemus = find_qemus(STANDARD_PATH, root)
+    running = () if root else find_processes(("libvirtd", "virtqemud"))
+    limits, limit_faults = describe_limits(root, running[0].pid if running else None)
     steps: "list[Step]" = [
+        applied.build_step(options),
         Entries("the emulators that domains name", directory),
         Block("libvirt gives QEMU no mount namespace, for it has one of its own", QEMU_CONF, _SETTINGS),
     ]
@@ -46,15 +55,19 @@ def build_setup(options: "Options") -> Setup:
     if user not in ("root", "+0", "0") and f"\n{user}:" not in f"\n{read_text(f'{root}/etc/subuid') or ''}":
         words = f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"
         by_hand.append(f"{words}    # or another range that is free; else shares hold a single id")
+    restriction = find_restriction("libvirt", f"{directory}/qemu-system-*", root)
     return Setup(
         (
             f"libvirt: {f'Debian package {version}' if version else 'not installed'}",
             f"QEMU runs as: {user}",
-            f"QEMU: {', '.join(find_qemus(STANDARD_PATH, root)) or 'none'}",
+            f"QEMU: {', '.join(qemus) or 'none'}",
+            *describe_qemu(qemus, root),
             f"AppArmor: {'enabled' if apparmor else 'not enabled'}",
+            *limits,
         ),
         tuple(steps),
-        tuple(_find_faults(conf, root)),
+        tuple(_find_obstacles(conf, qemus)),
+        (*_find_faults(root), *limit_faults, *([restriction] if restriction else [])),
         tuple(by_hand),
     )
 
@@ -65,13 +78,20 @@ def find_setting(conf: str, key: str) -> "str | None":
     return None if found is None else found[1].strip("\"'")
 
 
-def _find_faults(conf: str, root: str) -> "list[Fault]":
-    """Return what no step mends."""
-    faults = []
-    if not os.path.exists(root + QEMU_CONF):
-        faults.append(Fault(QEMU_CONF, "is not there", "install libvirt-daemon-system"))
-    value = find_setting(conf, "namespaces")
+def _find_obstacles(conf: str, qemus: "list[str]") -> "list[Fault]":
+    """Return why it is of no use to do anything."""
+    obstacles = []
+    value = find_setting(conf.partition(MARK)[0], "namespaces")
     if value is not None and value.replace(" ", "") != "[]":
         hint = "remove that line: the first one counts"
-        faults.append(Fault(QEMU_CONF, f"has namespaces = {value}, and devices could not be plugged in by their paths", hint))
-    return faults
+        obstacles.append(Fault(QEMU_CONF, f"has namespaces = {value}, and devices could not be plugged in by their paths", hint))
+    if not qemus:
+        obstacles.append(Fault("qemu-system-*", "there is none", "install qemu-system-x86 or another qemu-system package"))
+    return obstacles
+
+
+def _find_faults(root: str) -> "list[Fault]":
+    """Return what no step mends."""
+    if os.path.exists(root + QEMU_CONF):
+        return []
+    return [Fault(QEMU_CONF, "is not there", "install libvirt-daemon-system")]

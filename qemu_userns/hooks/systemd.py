@@ -3,7 +3,10 @@
 import os
 import sysconfig
 
-from qemu_userns.hooks.steps import Command, Fault, File, Setup
+from qemu_userns.hooks.apparmor import find_restriction
+from qemu_userns.hooks.limits import describe_limits
+from qemu_userns.hooks.steps import Command, Fault, Setup
+from qemu_userns.hooks.steps_files import File
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,11 +84,18 @@ def build_setup(options: "Options") -> Setup:
     ]
     if running:
         steps.append(Command("systemd reads its files", ("systemctl", "daemon-reload")))
-    faults = () if os.access(program, os.X_OK) else (Fault(program, "is not there", "install qemu-userns with pip"),)
+    obstacles = []
+    if not os.access(program, os.X_OK):
+        obstacles.append(Fault(program, "is not there", "install qemu-userns with pip"))
+    if any(character in program for character in "\"'\\"):
+        obstacles.append(Fault(program, "has a quote or a backslash, and no unit can name it", "install it at another place"))
+    limits, faults = describe_limits(options.root, None)
+    restriction = find_restriction(options.name, program, options.root)
     return Setup(
-        (f"program: {program}", f"systemd: {'runs' if running else 'does not run here'}"),
+        (f"program: {program}", f"systemd: {'runs' if running else 'does not run here'}", *limits),
         tuple(steps),
-        faults,
+        tuple(obstacles),
+        (*faults, *([restriction] if restriction else [])),
         (f"write QEMU_ARGS='...' to {ENVIRONMENT_DIR}/NAME.env, and: systemctl start qemu-userns@NAME",),
     )
 
@@ -96,7 +106,7 @@ def build_units(program: str) -> "dict[str, str]":
     Args:
         program: path of the command qemu-userns.
     """
-    quoted = program.replace("%", "%%").replace("$", "$$")
+    quoted = '"' + program.replace("%", "%%").replace("$", "$$") + '"'  # systemd.service(5), "Command lines"
     capabilities = " ".join(_CAPABILITIES)
     service = _SERVICE.format(directory=ENVIRONMENT_DIR, program=quoted, slice=SLICE, capabilities=capabilities)
     return {UNIT: service, SLICE: _SLICE}

@@ -120,6 +120,11 @@ def preview_range(pools: "tuple[IdRange, ...]", taken: "tuple[IdRange, ...]", pr
     raise _none_free()
 
 
+def count_ranges(pools: "tuple[IdRange, ...]", taken: "tuple[IdRange, ...]") -> int:
+    """Return how many ranges `lease_range` could lease at once."""
+    return sum(_allowed(first, taken, ()) for first in _candidates(pools, ""))
+
+
 def release(lease: Lease) -> None:
     """Give a lease back; takes ownership of its fd.
 

@@ -11,7 +11,8 @@ import pytest
 
 from qemu_userns.errors import HostError, ResourceError
 from qemu_userns.hooks.bundle import PREFIX, find_name
-from qemu_userns.hooks.install import _ENTRY, find_qemus, install
+from qemu_userns.hooks.files import NEW
+from qemu_userns.hooks.install import _ENTRY, find_qemus, install, uninstall
 from qemu_userns.host.qemu import is_own_entry
 
 
@@ -76,17 +77,29 @@ def test_a_foreign_file_is_left_alone(qemus: Path, tmp_path: Path, what: str) ->
         install(str(target), str(qemus))
     assert kept(entry) == before
     assert (qemus / "qemu-system-arm").read_text() == "#!/bin/sh\n"
-    assert not list(target.glob("*.new"))
+    assert not list(target.glob(f"*{NEW}"))
 
 
 def test_a_symlink_at_the_temporary_name_is_not_followed(qemus: Path, tmp_path: Path) -> None:
     target = tmp_path / "dropin"
     target.mkdir()
     (tmp_path / "victim").write_text("text")
-    (target / "qemu-system-arm.new").symlink_to(tmp_path / "victim")
-    with pytest.raises(ResourceError):
-        install(str(target), str(qemus))
+    (target / f"qemu-system-arm{NEW}").symlink_to(tmp_path / "victim")
+    install(str(target), str(qemus))
     assert (tmp_path / "victim").read_text() == "text"
+    assert is_own_entry(str(target / "qemu-system-arm"))
+
+
+def test_what_was_being_written_when_killed_goes_away(qemus: Path, tmp_path: Path) -> None:
+    target = tmp_path / "dropin"
+    target.mkdir()
+    for name in ("qemu-system-arm", "qemu-system-gone", f"{PREFIX}-0123456789abcdef"):
+        (target / f"{name}{NEW}").write_text("#!")
+    install(str(target), str(qemus))
+    assert sorted(os.listdir(target)) == [find_name(_ENTRY), "qemu-system-arm", "qemu-system-x86_64", "virtfs-proxy-helper"]
+    (target / f"qemu-system-arm{NEW}").write_text("#!")
+    assert uninstall(str(target))
+    assert os.listdir(target) == []
 
 
 def test_no_qemu(tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""What a host allows VMs: which QEMU there is, user namespaces, ids to lease, memory to lock."""
+
+import os
+
+from qemu_userns.errors import HostError, QemuUsernsError
+from qemu_userns.hooks.files import read_text
+from qemu_userns.hooks.steps import STANDARD_PATH, Fault, run
+from qemu_userns.host.config import load_config
+from qemu_userns.host.leases import LEASE_COUNT, count_ranges, find_pools
+from qemu_userns.host.qemu import find_qemu
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_SYSCTLS = ("user.max_user_namespaces", "kernel.unprivileged_userns_clone", "kernel.apparmor_restrict_unprivileged_userns")
+_CONFIG = "/etc/qemu-userns/config.toml"
+
+
+def describe_qemu(names: "list[str]", root: str) -> "list[str]":
+    """Say which version the QEMUs are, asking each; of another system's none can be asked."""
+    if root:
+        return []
+    versions: "dict[str, list[str]]" = {}
+    for name in names:
+        try:
+            said = run([find_qemu(name, STANDARD_PATH), "-version"]).partition("\n")[0]
+        except HostError as err:
+            said = f"does not run: {err.why}"
+        versions.setdefault(said, []).append(name)
+    return [f"{', '.join(several)}: {said}" for said, several in versions.items()]
+
+
+def read_sysctls() -> "dict[str, str]":
+    """Return the settings of user namespaces that this kernel has."""
+    found = {name: read_text(f"/proc/sys/{name.replace('.', '/')}") for name in _SYSCTLS}
+    return {name: value.strip() for name, value in found.items() if value is not None}
+
+
+def describe_sysctls(values: "Mapping[str, str]") -> str:
+    """Say what they are."""
+    return f"user namespaces: {', '.join(f'{name} = {value}' for name, value in values.items()) or 'the kernel has none'}"
+
+
+def find_sysctl_faults(values: "Mapping[str, str]") -> "list[Fault]":
+    """Return which of them allow no user namespaces. AppArmor's is for apparmor.find_restriction, which knows the program."""
+    needed = {"user.max_user_namespaces": "65536", "kernel.unprivileged_userns_clone": "1"}
+    faults = []
+    for name, value in needed.items():
+        if values.get(name) == "0":
+            setting = f"{name}={value}"
+            hint = f"sysctl {setting} && echo {setting} > /etc/sysctl.d/60-qemu-userns.conf"
+            faults.append(Fault(name, "is 0: QEMU can have no user namespace", hint))
+    if "user.max_user_namespaces" not in values:
+        faults.append(Fault("user namespaces", "the kernel is built without them", "use one with CONFIG_USER_NS"))
+    return faults
+
+
+def find_leases(root: str) -> "tuple[str, list[Fault]]":
+    """Say which ids root's VMs are leased, and how many VMs they are for; return why there are none."""
+    try:
+        config = load_config([root + _CONFIG], None)
+        pools, taken = find_pools(f"{root}/etc/subuid", f"{root}/etc/subgid", config.pool)
+    except QemuUsernsError as err:
+        return "ids for VMs of root's: none", [Fault(err.what, err.why, err.hint)]
+    count = count_ranges(pools, taken)
+    ranges = ", ".join(f"{pool.start}-{pool.start + pool.count - 1}" for pool in pools)
+    text = f"ids for VMs of root's: {ranges}, enough for {count} at once"
+    if count:
+        return text, []
+    why = f"no {LEASE_COUNT} ids in a row that /etc/subuid and /etc/subgid do not give to others"
+    return text, [Fault(f"ids {ranges}", why, f"set a larger `pool` in {_CONFIG}")]
+
+
+def describe_lock_limit(pid: "int | None") -> str:
+    """Say how much memory a daemon's children may lock, as vfio and -overcommit mem-lock=on do: getrlimit(2)."""
+    lines = (read_text(f"/proc/{pid}/limits") or "").splitlines() if pid is not None else []
+    limit = next(
+        (line.removeprefix("Max locked memory").split()[0] for line in lines if line.startswith("Max locked memory")), None
+    )
+    said = "not known, for it does not run" if limit is None else limit if limit == "unlimited" else f"{limit} bytes"
+    return f"memory that the daemon may lock: {said}; for vfio and -overcommit mem-lock=on root's launcher raises it"
+
+
+def describe_limits(root: str, pid: "int | None") -> "tuple[list[str], list[Fault]]":
+    """Say what the host allows, and what is wrong with that; of another system, what its files say.
+
+    Args:
+        root: where the host's files are; "" for this host.
+        pid: of the daemon, if it runs.
+    """
+    leases, faults = find_leases(root)
+    if root:
+        return [leases], faults
+    values = read_sysctls()
+    return [describe_sysctls(values), leases, describe_lock_limit(pid)], [*find_sysctl_faults(values), *faults]
+
+
+def list_programs(directory: str) -> "list[str]":
+    """Return the names in a directory that are QEMU's; none if it is not there."""
+    try:
+        return [name for name in os.listdir(directory) if name.startswith("qemu-system-")]
+    except FileNotFoundError:
+        return []
