@@ -185,7 +185,8 @@ def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         _listen(draft, need, commandline)
         return
     fact = draft.path(need.path)
-    if need.reconnects:  # its server may make it later, or anew
+    datagrams = need.obj.get("type") == "dgram" and (fact.kind != SOCKET or draft.may(fact, WRITE))
+    if need.reconnects or datagrams:  # its server may make it later, or anew; each datagram looks for it again
         directory = draft.path(directory_of(need.path))
         if directory.kind == ABSENT and directory.error in (None, MISSING):
             draft.way_to(directory, need.describe())

@@ -239,7 +239,7 @@ CASES = [
     case("-netdev stream,id=n,server=on,addr.type=unix,addr.path=/x/new", ways.LISTEN, "/x/new", "listen /x/new"),
     case("-netdev stream,id=n,addr.type=unix,addr.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
     case("-netdev dgram,id=n,local.type=unix,local.path=/x/new", ways.MADE, "/x/new", "rw /x"),
-    case("-netdev dgram,id=n,remote.type=unix,remote.path=/x/sock", ways.SOCKET, "/x/sock", "rw /x/sock"),
+    case("-netdev dgram,id=n,remote.type=unix,remote.path=/x/sock", ways.SOCKET, "/x/sock", "ro /x"),
     case("-netdev vde,id=n,sock=/x/dir", ways.WRITE_DIRECTORY, "/x/dir", DIR_RW),
     *[
         tried

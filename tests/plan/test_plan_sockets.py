@@ -56,6 +56,14 @@ def test_what_connects_again_or_takes_no_fd_keeps_its_path(words: str) -> None:
     assert asked_for(plan) == (["ro /x"] if "reconnect=1" in words else ["refuse: QEMU's id 600000 may not connect to it"])
 
 
+@pytest.mark.parametrize("ours", ["/y", "/x"])
+@pytest.mark.parametrize("theirs", ["/x/new", "/x/sock"])
+def test_the_other_end_of_datagrams_may_come_later_and_anew(ours: str, theirs: str) -> None:
+    words = f"dgram,id=n,local.type=unix,local.path={ours}/new,remote.type=unix,remote.path={theirs}"
+    plan = plan_of("-netdev", words)
+    assert (asked_for(plan), plan.words[-1]) == ([f"rw {ours}", "ro /x"], words)
+
+
 @pytest.mark.parametrize(
     ("words", "after"),
     [
