@@ -1,4 +1,4 @@
-"""Devices that QEMU opens by themselves: vhost-vsock, usb-host, vfio-pci, iommufd, at launch and by hot-plug, against plain QEMU.
+"""Devices that QEMU opens by themselves: vhost-vsock, vhost-vdpa, usb-host, vfio-pci, iommufd, at launch and by hot-plug, against plain QEMU.
 
 Few hosts have such devices. What this one lacks QEMU has to miss in its own words. As root, stand-ins have the devices' names in
 a /dev of the test's own: QEMU's first ioctl on them fails as plain QEMU's does, so it did get them, which its id could not open.
@@ -33,7 +33,7 @@ VSOCK = "vhost-vsock-pci,guest-cid=5,id=d"
 NO_DEVICE = "0000:77:1f.0"
 GROUP = "7"
 USB_NODE = "/dev/bus/usb/001/002"
-STAND_INS = ("vhost-vsock", "vhost-scsi", "bus/usb/001/002", f"vfio/{GROUP}", "vfio/vfio")
+STAND_INS = ("vhost-vsock", "vhost-scsi", "vhost-vdpa-0", "bus/usb/001/002", f"vfio/{GROUP}", "vfio/vfio")
 NEW_DEV = f"""
 set -e
 mount --make-rprivate /
@@ -163,6 +163,16 @@ def test_qemu_gets_what_its_id_may_not_open(launch: Launch, vfio_device: Path, d
     assert re.search(error, plain), plain
     ours = said(launch, "-device", words)
     assert ours.partition(": ")[2].rpartition(": ")[2] == plain.partition(": ")[2].rpartition(": ")[2], ours
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("stand_ins")
+def test_a_vdpa_node_comes_by_fd(launch: Launch, compare: Compare) -> None:
+    netdev = ("-netdev", "vhost-vdpa,id=n,vhostdev=/dev/vhost-vdpa-0")
+    plain, ours = (said(how, *netdev).strip().partition(": ")[2] for how in (None, launch))
+    assert "Inappropriate ioctl for device" in plain
+    assert ours == plain
+    compare(lambda vm: [vm.qmp.ask("netdev_add", type="vhost-vdpa", id="n", vhostdev="/dev/vhost-vdpa-0") for _ in range(2)])
 
 
 @pytest.mark.root

@@ -140,8 +140,8 @@ def make_fact(path: str, root: bool = False) -> PathFact:
 
 
 def make_vfio(name: str) -> VfioFact:
-    """Return what /sys says of a device, by its name: alone (in no group), other (another driver has it), mdev, mates."""
-    group, cdev = ("", "") if "alone" in name else ("/dev/vfio/01", "/dev/vfio/devices/vfio0")
+    """Return what /sys says of a device, by its name: alone (in no group), other (another driver has it), old, mdev, mates."""
+    group, cdev = ("", "") if "alone" in name else ("/dev/vfio/01", "" if "old" in name else "/dev/vfio/devices/vfio0")
     others = (("0000:01:00.1", "e1000e"),) if "mates" in name else ()
     return VfioFact(group, cdev, "other" if "other" in name else "vfio-pci", "mdev" in name, others)
 

@@ -242,6 +242,7 @@ ROWS: "tuple[Row, ...]" = (
     Row("netdev", "sock", ways.WRITE_DIRECTORY, (("type", ("vde",)),)),
     *(Row(kind, key, ways.FORWARD) for kind in ("netdev", "nic", "net") for key in ("guestfwd", "hostfwd")),
     Row("netdev", "vhostdev", ways.OPEN, (("vhostfd", ("",)),), fd_key="vhostfd"),
+    Row("device", "vhostdev", ways.DEVICE),  # vhost-vdpa-device-pci, since QEMU 8.0
     *(row.replace(kind=kind, key="type") for kind in ("netdev", "nic") for row in _NO_NETDEVS),
     # Devices
     Row("tpmdev", "path", ways.TPM),

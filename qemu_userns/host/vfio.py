@@ -2,7 +2,7 @@
 
 import os
 
-from qemu_userns.plan.base import VFIO_CONTAINER
+from qemu_userns.plan.base import VFIO_CONTAINER, VFIO_DEVICES
 from qemu_userns.plan.facts import VfioFact
 
 _MEDIATED_BUS = "/sys/bus/mdev"
@@ -13,16 +13,17 @@ _HARMLESS_DRIVERS = ("", "pcieport", "pci-stub", "pciback", "shpchp")
 def look_at_vfio(directory: str) -> VfioFact:
     """Return what the directory of a device says; the kernel's Documentation/driver-api/vfio.rst."""
     group = _read_link(f"{directory}/iommu_group")
+    mediated = os.path.realpath(f"{directory}/subsystem") == _MEDIATED_BUS
     try:
         own = os.listdir(f"{directory}/vfio-dev")
     except OSError:
         own = []
     return VfioFact(
         f"/dev/vfio/{group}" if group else "",
-        f"/dev/vfio/devices/{own[0]}" if own else "",
+        f"{VFIO_DEVICES}/{own[0]}" if own else "",
         _read_link(f"{directory}/driver"),
-        os.path.realpath(f"{directory}/subsystem") == _MEDIATED_BUS,
-        _find_others(f"{directory}/iommu_group/devices"),
+        mediated,
+        () if mediated else _find_others(f"{directory}/iommu_group/devices"),  # a mediated device has a group of its own
     )
 
 

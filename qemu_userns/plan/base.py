@@ -43,3 +43,4 @@ PRIVATE = (("/tmp", 0o1777), ("/run", 0o755), ("/var/tmp", 0o1777), ("/dev/shm",
 PTMX = "/dev/ptmx"
 KVM = "/dev/kvm"
 VFIO_CONTAINER = "/dev/vfio/vfio"
+VFIO_DEVICES = "/dev/vfio/devices"  # with a node for each device, where the kernel has them

@@ -3,7 +3,7 @@
 Source: Documentation/driver-api/vfio.rst of the kernel; hw/vfio of QEMU; how much is allowed: libvirt.
 """
 
-from qemu_userns.plan.base import VFIO_CONTAINER
+from qemu_userns.plan.base import VFIO_CONTAINER, VFIO_DEVICES
 from qemu_userns.plan.facts import ABSENT
 from qemu_userns.plan.grants import LockLimit
 from qemu_userns.plan.memory import check_limit, count_guest_bytes, is_enough
@@ -22,6 +22,7 @@ _IOMMUS = ("intel-iommu", "amd-iommu", "virtio-iommu-pci", "virtio-iommu-device"
 def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Show a device's directory in /sys, and the nodes of vfio by which QEMU has it."""
     from qemu_userns.plan.devices import show_node
+    from qemu_userns.plan.refusals import find_remedy
 
     fact = draft.path(need.path)
     vfio = fact.vfio
@@ -29,7 +30,7 @@ def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         return  # QEMU says that there is no such device
     what, address = f"{need.describe()} {need.path}", fact.real.rpartition("/")[2]
     nodes = _choose_nodes(need, vfio)
-    if not nodes:
+    if not vfio.group and not nodes:
         hint = "switch the IOMMU on, in the firmware and by the kernel's intel_iommu=on (AMD: amd_iommu=on)"
         draft.refuse(what, "the device is in no iommu group", hint)
     elif "vfio" not in vfio.driver and not vfio.mediated:
@@ -39,6 +40,8 @@ def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         (other, driver), *_ = vfio.others
         reason = f"iommu group {vfio.group.rpartition('/')[2]} is not viable: {driver} drives {other}, which is in it too"
         draft.refuse(what, reason, _bind_hint(other))
+    elif not nodes:
+        draft.refuse(what, "the device has no node of its own, by which iommufd takes it", find_remedy(f"{VFIO_DEVICES}/"))
     else:
         draft.bind(fact, False, need.describe())
         if vfio.mediated:

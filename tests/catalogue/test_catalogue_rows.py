@@ -277,6 +277,7 @@ CASES = [
     *[case(f"-{kind} user,hostfwd=unix:/x/new-10.0.2.15:80", ways.MADE, "/x/new", "rw /x") for kind in ("netdev", "nic", "net")],
     case("-netdev vhost-vdpa,id=n,vhostdev=/dev/vhost-vdpa-0", ways.OPEN, "/dev/vhost-vdpa-0", "open /dev/vhost-vdpa-0 rw alone"),
     case("-netdev vhost-vdpa,id=n,vhostfd=9", ways.FD, "9", "fd 9", fds=(9,)),
+    case("-device vhost-vdpa-device-pci,vhostdev=/x/char", ways.DEVICE, "/x/char", "device /x/char"),
     *[
         case(f"-{kind} {words}", ways.REFUSE, words.partition(",")[0], f"refuse: {row.reason}")
         for kind in ("netdev", "nic")

@@ -350,6 +350,16 @@ def test_of_a_mediated_device_its_bus_is_shown_too() -> None:
         ),
         (
             "device_add",
+            {"driver": "vfio-pci", "sysfsdev": "/sys/other-old", "iommufd": "i"},
+            "device_add sysfsdev /sys/other-old: the device is driven by other, not by vfio-pci (bind it: driverctl",
+        ),
+        (
+            "device_add",
+            {"driver": "vfio-pci", "sysfsdev": "/sys/old", "iommufd": "i"},
+            "device_add sysfsdev /sys/old: the device has no node of its own, by which iommufd takes it (load vfio-pci of a kernel with",
+        ),
+        (
+            "device_add",
             {"driver": "vfio-pci", "sysfsdev": "/sys/alone"},
             "device_add sysfsdev /sys/alone: the device is in no iommu group (switch the IOMMU on",
         ),
