@@ -17,7 +17,7 @@ from integration.leftovers import process_table
 from integration.shares import Launch, SharedVm, dropin_words, launches, module_folder, mount_options, tree
 from integration.talk import fds_of, is_alive, running, started, status_of, wait_until
 from integration.vm import running_guest
-from qemu_userns.supervisor.registry import find_run_dir
+from qemu_userns.supervisor.registry import find_run_dir, read_entry
 from tests.conftest import CHECKOUT
 
 if TYPE_CHECKING:
@@ -223,6 +223,36 @@ def test_a_stopped_virtiofsd_is_ended_by_the_supervisor(launch: Launch, shared_t
         process.terminate()
         process.wait()
         wait_until(lambda: not is_alive(daemon), "virtiofsd's end")
+
+
+def test_an_adopted_supervisor_tells_of_a_virtiofsd_and_ends_the_others(launch: Launch, shared_tmp: Path) -> None:
+    """It tells of one that died while there was none to see it, too; what they say is known to it as to the first."""
+    folder = launch.own(shared_tmp)
+    words = [*dropin_words(), *launch.options]
+    for tag in ("early", "late", "stopped"):
+        words += share(folder, tag, "virtiofs")
+    with running(words, *IDLE_VIRTIOFS, idle=False) as qemu:
+        pid = qemu.process.pid
+        log = Path(find_run_dir(os.geteuid())) / "vms" / f"{pid}.log"
+        wait_until(lambda: log.with_suffix(".json").exists(), "the VM's entry")
+        first = read_entry(str(log.parent), pid)
+        early, late, stopped = (process.pid for process in first.state.processes)
+        assert sorted(find_daemons(pid)) == sorted((early, late, stopped))
+        os.kill(first.supervisor, signal.SIGKILL)
+        wait_until(lambda: not is_alive(first.supervisor), "the supervisor's end")
+        os.kill(early, signal.SIGKILL)
+        wait_until(lambda: not is_alive(early), "the end of one virtiofsd")
+        subprocess.run([COMMAND, "adopt", str(pid)], check=True, stdout=subprocess.DEVNULL, timeout=60)
+        wait_until(lambda: "share early: /usr/" in log.read_text(), "a line in the log")
+        with Path(f"/proc/{late}/fd/2").open("r+b") as said:
+            said.write(b"last words\n")
+        os.kill(late, signal.SIGKILL)
+        wait_until(lambda: "share late: /usr/" in log.read_text(), "another line in the log")
+        assert log.read_text().endswith("the guest's mount of it hangs until the VM is restarted; it said: last words\n")
+        os.kill(stopped, signal.SIGSTOP)
+        qemu.process.kill()
+        qemu.process.wait()
+        wait_until(lambda: not is_alive(stopped), "virtiofsd's end")
 
 
 def test_a_daemonized_qemu_lets_go_of_the_caller(launch: Launch, shared_tmp: Path) -> None:

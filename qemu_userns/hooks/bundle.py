@@ -34,7 +34,6 @@ _GROUPS = (
     ("qemu_userns.plan.idmaps", "qemu_userns.host.shares"),
     ("qemu_userns.host.settings_shares",),
     ("qemu_userns.plan.virtiofs", "qemu_userns.host.virtiofsd", "qemu_userns.sandbox.daemons"),
-    ("qemu_userns.supervisor.daemons",),
     ("qemu_userns.host.stand_ins",),
     ("qemu_userns.host.network",),
     ("qemu_userns.host.images",),
@@ -54,6 +53,7 @@ _GROUPS = (
     ("qemu_userns.supervisor.cleanup",),
     ("qemu_userns.supervisor.life",),
     ("qemu_userns.supervisor.server",),
+    ("qemu_userns.supervisor.daemons",),
     ("qemu_userns.supervisor.notifier",),
     ("qemu_userns.supervisor.hotplug",),
 )

@@ -151,6 +151,16 @@ def ignore_signal(number: int) -> None:
     call(_sigaction, number, handler + bytes(_SIZE_OF_SIGACTION - len(handler)), None)
 
 
+def pidfd_getpid(pidfd: int) -> int:
+    """Return the pid of a process, -1 when it has ended and been waited for (pidfd_getpid(3), which glibc has since 2.39).
+
+    Raises:
+        OSError: EBADF, or /proc is not there.
+    """
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
+        return int(file.read().split(b"\nPid:", 1)[1].split(None, 1)[0])
+
+
 def pidfd_send_signal(pidfd: int, number: int) -> None:
     """Signal a process that cannot be mistaken for another one, as a pid can.
 

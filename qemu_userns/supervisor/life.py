@@ -158,6 +158,10 @@ def begin(channel: int, launcher: int, state_fd: int, *served: int) -> "tuple[St
     watch = Watch(poller, channel, launcher, state.daemonizes)
     server = None
     count = len(served) - 2 * len(state.daemons)
+    if state.daemons:
+        from qemu_userns.supervisor import daemons
+
+        state = state.replace(processes=daemons.describe(served[count:]))
     if state.monitors:
         from qemu_userns.supervisor.server import Server
 
@@ -166,9 +170,8 @@ def begin(channel: int, launcher: int, state_fd: int, *served: int) -> "tuple[St
             server.tell(f"warning: {warning}")
         server.serve(list(served[:count]))
     if state.daemons:
-        from qemu_userns.supervisor.daemons import Daemons
-
-        watch.at_end = Daemons(state.daemons, served[count:], poller, tell_system if server is None else server.tell).end
+        tell = tell_system if server is None else server.tell
+        watch.at_end = daemons.Daemons(state.daemons, served[count:], poller, tell).end
     gc.freeze()  # what was imported stays
     gc.enable()  # the launcher switched it off
     return state, watch, poller, server
@@ -194,7 +197,12 @@ def adopt(directory: str, pid: int, ready: int) -> None:
         text = format_error(err) if isinstance(err, QemuUsernsError) else f"qemu-userns: {pid}: {err}\n"
         os.write(ready, text.encode(errors="backslashreplace"))
         return
+    watch = Watch(poller, None, pidfd, daemonizes=False)
+    if state.processes:
+        from qemu_userns.supervisor.daemons import Daemons, find
+
+        watch.at_end = Daemons(state.daemons, find(state.processes), poller, server.tell).end
     show(state.title)
     hold_code()
     os.close(ready)
-    run(state, Watch(poller, None, pidfd, daemonizes=False), poller, server)
+    run(state, watch, poller, server)

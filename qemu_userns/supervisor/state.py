@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from qemu_userns.request import Start
 
 
+class Process(Record):
+    """A virtiofsd that runs."""
+
+    pid: int
+    started: int  # as in State; 0 where it has ended by itself
+    said: "tuple[int, int]"  # device and inode of the memfd with what it says
+
+
 class State(Record):
     """One VM, as far as its supervisor has to know it."""
 
@@ -48,6 +56,7 @@ class State(Record):
     notify: "tuple[grants.Notify, ...]" = ()
     warnings: "tuple[str, ...]" = ()  # for the log
     started: int = 0  # when QEMU's process was, in clock ticks after boot: a pid may be another process's later
+    processes: "tuple[Process, ...]" = ()  # of `daemons`, once there is a supervisor
 
     @property
     def title(self) -> str:
@@ -67,7 +76,7 @@ _RECORDS = (
     grants.TapSettings,
     *grants.Grant.__subclasses__(),
 )
-CLASSES: "dict[str, type[Record]]" = {cls.__name__: cls for cls in (State, *_RECORDS)}
+CLASSES: "dict[str, type[Record]]" = {cls.__name__: cls for cls in (State, Process, *_RECORDS)}
 
 
 def build_state(start: "Start", plan: "Plan", opened: "Opened") -> State:
