@@ -10,9 +10,7 @@ from qemu_userns.plan.plan import NO_HOST, READ_ONLY_HOST, WHOLE_HOST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.chardev import LegacyChardev
