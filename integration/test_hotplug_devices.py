@@ -1,7 +1,8 @@
 """Devices that QEMU opens by themselves, at launch and by hot-plug, against plain QEMU.
 
-They are vhost-vsock, vhost-vdpa, usb-host, vfio-pci, and iommufd. Few hosts have such devices. What this one lacks QEMU has to miss in its own words. As root, stand-ins have the devices' names in
-a /dev of the test's own: QEMU's first ioctl on them fails as plain QEMU's does, so it did get them, which its id could not open.
+They are vhost-vsock, vhost-vdpa, usb-host, vfio-pci and iommufd. Few hosts have such devices. What this one lacks QEMU has to
+miss in its own words. As root, stand-ins have the devices' names in a /dev of the test's own: QEMU's first ioctl on them fails as
+plain QEMU's does, so it did get them, which its id could not open.
 """
 
 from __future__ import annotations

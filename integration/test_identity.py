@@ -6,6 +6,8 @@ import contextlib
 import os
 import pwd
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ from integration.talk import (
     wait_until,
     words_of,
 )
+from tests.conftest import CHECKOUT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -320,3 +323,74 @@ def test_several_ranges_and_entries_by_number_follow_each_other(
     covered = ["unshare", "-m", "sh", "-c", f'mount --bind {file} /etc/subuid && exec "$@"', "sh"]
     with running([*covered, *as_user(unprivileged_user, *dropin)], env=home_of(unprivileged_user)) as qemu:
         assert map_of(qemu.pid, "uid") == wanted_map(user.pw_uid, [(700000, 1000), (900000, 10)])
+
+
+# --- root of a container ----------------------------------------------------------------------------------------------
+
+START = """set -e
+"$0" -nodefaults -display none -M none -S -daemonize -pidfile /tmp/pid "$@"
+awk '/^Uid:/ { print $2, $3, $4, $5 }' "/proc/$(cat /tmp/pid)/status"
+kill "$(cat /tmp/pid)"
+"""
+
+
+def in_container(dropin: list[str], count: int, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Start QEMU as root of a container with so many ids; what it prints is the ids of QEMU there."""
+    command = [sys.executable, "-m", "integration.container", str(count), "sh", "-c", START, *dropin, *options]
+    return subprocess.run(
+        command, cwd=CHECKOUT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+
+
+@pytest.mark.root
+def test_in_a_container_root_leases_of_the_ids_that_it_has(dropin: list[str]) -> None:
+    done = in_container(dropin, 1_000_000)
+    assert (done.returncode, done.stderr) == (0, "")
+    (uid,) = set(done.stdout.split())
+    assert POOL[0] <= int(uid) < 1_000_000
+
+
+@pytest.mark.root
+def test_a_container_with_few_ids_has_none_to_lease(dropin: list[str]) -> None:
+    done = in_container(dropin, COUNT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("qemu-userns: ids: the pool has no 65536 that this user namespace has as well\nhint: ")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [
+        ((), {"QEMU_USERNS": "user=nobody"}),
+        (("-userns", "user=nobody"), {"QEMU_USERNS": "user=daemon"}),
+        (("-runas", "nobody"), {}),
+    ],
+    ids=["environment", "option", "runas"],
+)
+def test_a_container_with_few_ids_can_have_a_user_for_qemu(
+    dropin: list[str], options: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    done = in_container(dropin, COUNT, *options, **environment)
+    assert (done.returncode, set(done.stdout.split())) == (0, {"65534"}), done.stderr
+
+
+# --- the setting `user` -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("options", [[], ["-runas", "nobody"]])
+def test_the_setting_names_the_user_of_roots_qemu_unless_the_command_line_does(dropin: list[str], options: list[str]) -> None:
+    with running([*dropin, "-userns", "user=daemon"], *options) as qemu:
+        assert ids(qemu, "Uid") == {pwd.getpwnam("nobody" if options else "daemon").pw_uid}
+
+
+def test_the_setting_is_nothing_to_an_ordinary_caller(dropin: list[str], unprivileged_user: str) -> None:
+    status, _, stderr = outcome(as_user(unprivileged_user, *dropin, "-userns", "user=daemon"), "-version")
+    assert (status, stderr) == (0, "")
+
+
+def test_the_environment_is_checked_as_other_settings_are(dropin: list[str]) -> None:
+    environment = {**os.environ, "QEMU_USERNS": "usr=daemon"}
+    done = subprocess.run([*dropin, "-version"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("qemu-userns: QEMU_USERNS: usr: there is no such setting\nhint: ")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from integration.lxd import FIRMWARE, Instance, LxdError
+from integration.lxd import FIRMWARE, UNPRIVILEGED, Instance, LxdError
 from integration.lxd_client import IMAGE_SIZE, LxdClient
 from integration.lxd_conf import SHAPES, Shape
 from integration.talk import (
@@ -166,12 +166,21 @@ def test_the_configuration_file_stays_as_it_is(dropin: list[str], shared_tmp: Pa
         assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (os.geteuid(), os.getegid(), 0o640)
 
 
-def test_a_stateful_start_is_not_root_either(dropin: list[str], shared_tmp: Path) -> None:
-    """LXD names no user then, and plain QEMU stays root."""
+@pytest.mark.root
+def test_a_stateful_start_has_the_user_of_any_other(dropin: list[str], shared_tmp: Path) -> None:
+    """LXD names no user then, and plain QEMU stays root; the variable is what the hook has the daemon set."""
     with Instance(NEW, dropin, shared_tmp, stateful=True) as vm:
-        pid = vm.start()
+        pid = vm.start(env={"QEMU_USERNS": f"user={UNPRIVILEGED}"})
         with vm.connected() as client:
             assert client.ask("query-status")["status"] == "inmigrate"
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            status = status_of(int(task.name))
+            assert (set(status["Uid"].split()), set(status["Gid"].split())) == ({str(vm.user.pw_uid)}, {str(vm.user.pw_gid)})
+
+
+def test_a_stateful_start_is_not_root_without_the_hook_either(dropin: list[str], shared_tmp: Path) -> None:
+    with Instance(NEW, dropin, shared_tmp, stateful=True) as vm:
+        pid = vm.start()
         for task in Path(f"/proc/{pid}/task").iterdir():
             status = status_of(int(task.name))
             assert "0" not in (*status["Uid"].split(), *status["Gid"].split())

@@ -3,6 +3,7 @@
 import os
 
 from qemu_userns.cmdline.objects import find_readconfigs, parse
+from qemu_userns.cmdline.opts import parse_opts
 from qemu_userns.cmdline.source import drop
 from qemu_userns.cmdline.table import BUILTIN
 from qemu_userns.errors import ResourceError, UsageError
@@ -67,9 +68,12 @@ def find_program(request: Request, config: "Config") -> str:
 
 
 def read_settings(request: Request) -> "Config":
-    """Return the configuration files' settings, overridden by the request's own."""
-    files = load_config(config_paths(request.environ), cache_dir(request.environ, os.geteuid()))
-    return parse_userns_option(request.settings, files, "qemu-userns run")
+    """Return the configuration files' settings, overridden by those of the environment and by the request's own."""
+    config = load_config(config_paths(request.environ), cache_dir(request.environ, os.geteuid()))
+    words = request.environ.get("QEMU_USERNS", "")
+    if words not in ("", "off"):
+        config = parse_userns_option([(member.key, member.value) for member in parse_opts(words)], config, "QEMU_USERNS")
+    return parse_userns_option(request.settings, config, "qemu-userns run")
 
 
 def read_settings_if_sound(request: Request) -> "Config":
@@ -131,6 +135,8 @@ def find_start(asked: Asked, request: Request) -> Start:
     stand_ins, mapped = _meet_stand_ins(commandline, request.preview), None  # their fds are the caller's from here on
     caller = look_at_caller()
     user, preferred = _find_user(commandline), _preferred(commandline)
+    if user is None and asked.config.user and caller.root:
+        user = find_account(asked.config.user)
     share_maps = (*asked.config.share_maps, *(met.idmap for met in stand_ins.values() if met.idmap is not None))
     if share_maps:
         from qemu_userns.host.shares import find_mapped, list_mapped

@@ -85,7 +85,7 @@ def _build_steps(name: str, options: "Options") -> "list[Step]":
         applied.build_step(options),
         Entries("what the daemon finds instead of QEMU", directory),
         # A unit's EnvironmentFile= has the last word over Environment=, and the last of them over the others: systemd.exec(5).
-        File("the daemon's PATH", environment, f"PATH={_quote(f'{directory}:{_read_path(root, directory)}')}\n"),
+        File("the daemon's PATH, and QEMU's user at a stateful start", environment, _build_environment(name, options)),
         File(
             f"{name}.service reads it",
             f"/etc/systemd/system/{name}.service.d/qemu-userns.conf",
@@ -110,6 +110,17 @@ def _read_path(root: str, directory: str) -> str:
     lines = (read_text(f"{root}/etc/environment") or "").splitlines()
     found = next((line.partition("=")[2].strip("\"'") for line in lines if line.startswith("PATH=")), STANDARD_PATH)
     return ":".join(entry for entry in found.split(":") if entry != directory)
+
+
+def _build_environment(name: str, options: "Options") -> str:
+    """Return the variables that the daemon gets besides.
+
+    Where a VM starts from a saved state it names no user (LXD's driver_qemu.go); it shall be the same one as otherwise: the
+    first of these two that there is (LXD's sys/os.go).
+    """
+    users = [line.partition(":")[0] for line in (read_text(f"{options.root}/etc/passwd") or "").splitlines()]
+    path = f"{options.directory}:{_read_path(options.root, options.directory)}"
+    return f"PATH={_quote(path)}\nQEMU_USERNS=user={name if name in users else 'nobody'}\n"
 
 
 def _quote(value: str) -> str:

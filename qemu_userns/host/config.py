@@ -1,4 +1,4 @@
-"""Our own settings: /etc/qemu-userns/config.toml, then the user's config.toml, then `-userns` or `qemu-userns run --key=value`.
+"""Our own settings: of /etc/qemu-userns/config.toml, the user's config.toml, the environment, `qemu-userns run` and `-userns`.
 
 Each later place overrides the earlier ones key by key; only the table `qemu` is joined, and `qmp` adds.
 What reads and checks them (settings.py) is loaded only where there are any.
@@ -28,6 +28,7 @@ class Config(Record):
     qemu: "tuple[tuple[str, str], ...]" = ()  # name and path of a QEMU; name "" is any, its path may be a directory
     fs: str = "view"  # or "host": QEMU sees the whole host tree
     net: str = CALLERS_NETWORK  # or NO_NETWORK, or the path of a network namespace
+    user: str = ""  # whom root's QEMU becomes where the command line names nobody
     pool: "IdRange | None" = None  # where root leases from if /etc/subuid and /etc/subgid have nothing for it
     idmap: "tuple[IdMapEntry, ...]" = ()  # in addition to the identity's own
     sandbox: str = "auto"  # or "off", or the value of QEMU's -sandbox

@@ -1,7 +1,7 @@
 """Decide who QEMU is outside, from the caller, the options and the host's subordinate ids."""
 
 from qemu_userns.errors import HostError, UsageError
-from qemu_userns.host.subids import END_OF_IDS, find_ranges, find_unshared_ranges
+from qemu_userns.host.subids import IdRange, find_ranges, find_unshared_ranges, intersect_ranges
 from qemu_userns.plan.identity import DIRECT, NEWIDMAP, SELF, Identity, MapEntry, build_map
 
 TYPE_CHECKING = False
@@ -61,11 +61,17 @@ def _find(
             return found, None
     from qemu_userns.host.leases import LEASE_COUNT, find_pools, lease_range, preview_range
 
-    pools = find_pools(SUBUID, SUBGID, config.pool)
+    pools, taken = find_pools(SUBUID, SUBGID, config.pool)
+    pools = tuple(pool for pool in intersect_ranges(pools, _find_own_ids()) if pool.count >= LEASE_COUNT)
+    if not pools:
+        raise HostError(
+            "ids",
+            f"the pool has no {LEASE_COUNT} that this user namespace has as well",
+            "give the container more ids, or name a user of it for QEMU: -run-with user=, or the setting `user`",
+        )
     if preview:
-        return _build_leased(user, preview_range(*pools, preferred), LEASE_COUNT, config), None
-    _check_own_map()
-    lease = lease_range(RUN_DIR, *pools, preferred)
+        return _build_leased(user, preview_range(pools, taken, preferred), LEASE_COUNT, config), None
+    lease = lease_range(RUN_DIR, pools, taken, preferred)
     return _build_leased(user, lease.first_id, lease.count, config), lease
 
 
@@ -92,20 +98,13 @@ def _follow(identity: Identity, share: "ShareMap") -> Identity:
     return identity.replace(method=method, uid_map=maps[0], gid_map=maps[1], why=f"{identity.why}; ids of share {share.name}")
 
 
-def _check_own_map() -> None:
-    """Refuse a root caller that is root of a user namespace only: the ids that would be leased are not its to give.
-
-    Raises:
-        HostError: it is.
-    """
-    with open("/proc/self/uid_map") as file:
-        counts = [int(line.split()[2]) for line in file]
-    if sum(counts) < END_OF_IDS:
-        raise HostError(
-            "root inside a user namespace",
-            "no ids can be leased to QEMU here",
-            "run it as an ordinary user, or name one whose ids are mapped with -run-with user=",
-        )
+def _find_own_ids() -> "tuple[IdRange, ...]":
+    """Return the ids that this process's user namespace has, as users and as groups: in a container, not all."""
+    found = []
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/self/{name}") as file:
+            found.append([IdRange(int(start), int(count)) for start, _, count in map(str.split, file)])
+    return intersect_ranges(*found)
 
 
 def _build_leased(user: "Account | None", first_id: int, count: int, config: "Config") -> Identity:

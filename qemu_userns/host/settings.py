@@ -29,6 +29,7 @@ TYPES = {
     "qemu": str,
     "fs": str,
     "net": str,
+    "user": str,
     "pool": str,
     "idmap": list,
     "sandbox": str,
@@ -60,6 +61,8 @@ def apply_settings(config: "Config", settings: "Mapping[str, list[str]]", where:
             changes[key] = _parse_network(values[0], what)
         elif key == "require":
             changes[key] = tuple(_parse_choice(value, CHOICES[key], what) for value in values)
+        elif key == "user":
+            changes[key] = _parse_user(values[0], what)
         elif key == "pool":
             changes[key] = _parse_pool(values[0], what)
         elif key == "idmap":
@@ -159,6 +162,13 @@ def _parse_sandbox(text: str, what: str) -> str:
     if text in ("auto", "off") or text.split(",")[0] in ("on", "enable=on"):
         return text
     raise UsageError(what, f"'{text}' is no value for -sandbox", "write auto, off, or on[,obsolete=allow][,spawn=allow]...")
+
+
+def _parse_user(text: str, what: str) -> str:
+    """Check that a user is named, who need not exist where nobody asks; raises UsageError."""
+    if text and text.isprintable():
+        return text
+    raise UsageError(what, f"'{text}' is no user", "name one that `getent passwd` lists, or write UID:GID")
 
 
 def _parse_switch(text: str, what: str) -> bool:

@@ -146,3 +146,12 @@ def test_a_file_that_was_changed_to_what_is_no_text_is_left_alone(system: Path, 
     assert "has been changed since a hook wrote it" in capsys.readouterr().err
     assert changed.read_bytes() == b"\xff\n"
     assert (system / QEMU).exists()
+
+
+@pytest.mark.parametrize(
+    ("accounts", "user"), [("root:x:0:\nlxd:x:999:\n", "lxd"), ("root:x:0:\n_lxd:x:999:\n", "nobody"), ("", "nobody")]
+)
+def test_a_start_from_a_saved_state_gets_the_user_that_lxd_names_otherwise(system: Path, accounts: str, user: str) -> None:
+    write(system / "etc/passwd", accounts)
+    assert run_hook(system, "lxd", "--apply") == 0
+    assert (system / "etc/qemu-userns/lxd.env").read_text().splitlines()[-1] == f"QEMU_USERNS=user={user}"

@@ -104,4 +104,4 @@ def test_a_path_in_the_environment_file_is_quoted(system: Path) -> None:
     """systemd.exec(5): within double quotes a backslash comes before these four."""
     run_hook(system, "lxd", "--apply", "--dir", '/a b"c\\d$e`f')
     lines = (system / "etc/qemu-userns/lxd.env").read_text().splitlines()
-    assert lines[1:] == ['PATH="/a b\\"c\\\\d\\$e\\`f:/usr/bin:/bin"']
+    assert lines[1] == 'PATH="/a b\\"c\\\\d\\$e\\`f:/usr/bin:/bin"'
