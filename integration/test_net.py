@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from integration.networks import Scripts, flags_of, interfaces, ip, own_network
-from integration.plugged import Vm, compared, plugged
+from integration.plugged import Client, Vm, compared, plugged
 from integration.shares import Launch, dropin_words, launches
-from integration.talk import PLAIN, as_user, home_of, is_alive, running, started, supervisor_of, wait_until
+from integration.talk import PLAIN, as_user, connected, fds_of, home_of, is_alive, running, started, supervisor_of, wait_until
 from integration.test_hotplug_guest import Guest, unplug, wait_for
 from integration.vm import RunningGuest, machine_options, port_options
 from qemu_userns.host.taps import open_queue
@@ -35,6 +39,9 @@ LIMIT_S = 30 * PATIENCE
 OURS = str(CHECKOUT / ".venv/bin/qemu-userns")
 NO_SCRIPTS = "script=no,downscript=no"
 HELPER = "/usr/lib/qemu/qemu-bridge-helper"
+LIBC = ctypes.CDLL(None, use_errno=True)
+PIDFD_GETFD = 438  # its system call's number, on every machine
+TUNGETSNDBUF, INT_MAX = 0x800454D3, 0x7FFFFFFF
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +59,19 @@ def scripts(shared_tmp: Path) -> Scripts:
 def launch(request: pytest.FixtureRequest) -> Launch:
     assert isinstance(request.param, Launch)
     return request.param
+
+
+def find_send_buffers(pid: int) -> list[int]:
+    """Return how much each queue of a QEMU's taps keeps of what nobody has read yet."""
+    pidfd, sizes = os.pidfd_open(pid), []
+    for number, target in fds_of(pid).items():
+        if target == "/dev/net/tun":
+            queue = LIBC.syscall(PIDFD_GETFD, pidfd, number, 0)
+            assert queue >= 0, os.strerror(ctypes.get_errno())
+            sizes.append(int.from_bytes(fcntl.ioctl(queue, TUNGETSNDBUF, bytes(4)), sys.byteorder))
+            os.close(queue)
+    os.close(pidfd)
+    return sizes
 
 
 def words_of(launch: Launch | None) -> list[str]:
@@ -75,11 +95,12 @@ def test_a_tap_is_what_plain_qemu_makes(launch: Launch, members: str) -> None:
     for way in (None, launch):
         with running(words_of(way), "-netdev", f"tap,id=n,{NO_SCRIPTS}{members}", idle=False) as vm:
             shown = re.sub("fds?=.*|ifname=.*", "", vm.qmp.hmp("info network"))
-            found.append([interfaces(), [flags_of(name) for name in interfaces()], shown])
+            found.append([interfaces(), [flags_of(name) for name in interfaces()], shown, find_send_buffers(vm.pid)])
             vm.quit()
         wait_until(lambda: interfaces() == [], "the end of the tap")
     assert found[0] == found[1]
     assert found[0][0] == (["t0"] if "ifname" in members else ["tap0"])
+    assert found[0][3] == [4096 if "sndbuf" in members else INT_MAX] * (4 if "queues" in members else 1)
 
 
 @pytest.mark.parametrize("option", ["-netdev", "-nic", "-net"])
@@ -93,6 +114,23 @@ def test_the_scripts_run_outside(launch: Launch, scripts: Scripts, option: str) 
         wait_until(lambda: len(scripts.said()) == 2, "the downscript")
         wait_until(lambda: interfaces() == [], "the end of the tap")
         assert scripts.take() == ["up 1 t0 there", "down 1 t0 there"]
+
+
+@pytest.mark.skipif(Path("/dev/vhost-net").exists(), reason="this kernel has vhost-net")
+@pytest.mark.parametrize("vhost", ["vhost=on", "vhost=on,vhostforce=on", "vhostforce=on"])
+def test_without_vhost_net_qemu_says_what_it_says_without_us(launch: Launch, vhost: str) -> None:
+    """It warns, after which QEMU 7.2 ends by an assertion of its own, or it fails."""
+    tap = ("-netdev", f"tap,id=n,ifname=t0,{NO_SCRIPTS},{vhost}", "-monitor", "stdio")
+    found = []
+    for way in (None, launch):
+        words = [*words_of(way), *tap]
+        ended = subprocess.run(words, input="quit\n", capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        found.append((ended.returncode, re.findall("(?:warning: )?tap: open vhost char device failed: .*", ended.stderr)))
+        wait_until(lambda: interfaces() == [], "the end of the tap")
+    assert found[0] == found[1]
+    assert found[0][1] == [
+        f"{'' if 'force' in vhost else 'warning: '}tap: open vhost char device failed: No such file or directory"
+    ]
 
 
 def test_the_default_scripts_run(launch: Launch, scripts: Scripts) -> None:
@@ -163,13 +201,34 @@ def test_a_bridge_gets_a_tap(launch: Launch, option: str) -> None:
 
 
 def test_the_helper_says_what_is_wrong(launch: Launch) -> None:
+    """Here that no file allows the bridge."""
     ip("link", "add", "b0", "type", "bridge")
-    for option in ("bridge,id=n,br=b0", "tap,id=n,helper=/nowhere/helper"):
-        plain, ours = said(None, "-netdev", option), said(launch, "-netdev", option)
-        if "nowhere" not in option:
-            assert plain.splitlines()[0] in ours
-        assert re.search("bridge helper failed|failed to recv file descriptor", plain), plain
-        assert re.search("bridge helper failed|failed to recv file descriptor", ours), ours
+    plain, ours = (said(how, "-netdev", "bridge,id=n,br=b0") for how in (None, launch))
+    assert plain.splitlines()[0] in ours
+    for text in (plain, ours):
+        assert re.search("bridge helper failed|failed to recv file descriptor", text), text
+
+
+@pytest.mark.parametrize(
+    ("bridge", "error"),
+    [
+        ("bridge,id=b,br=none", f"-netdev bridge {HELPER}: there is no bridge none\nhint: ip link add none type bridge\n"),
+        (
+            "tap,id=b,helper=/nowhere/helper",
+            "-netdev tap /nowhere/helper: No such file or directory\nhint: name another by helper=\n",
+        ),
+        (
+            "tap,id=b,helper=/etc/passwd",
+            "-netdev tap /etc/passwd: Permission denied\nhint: it belongs to 0:0 and has mode 0644\n",
+        ),
+    ],
+)
+def test_what_no_helper_can_do_is_refused_before_anything_is_opened(
+    launch: Launch, scripts: Scripts, bridge: str, error: str
+) -> None:
+    tap = ("-netdev", f"tap,id=n,ifname=t0,script={scripts.make('up')},downscript={scripts.make('down')}")
+    assert said(launch, *tap, "-netdev", bridge) == error
+    assert (interfaces(), scripts.said()) == ([], [])
 
 
 def test_without_a_helper_nothing_is_opened(launch: Launch, scripts: Scripts, shared_tmp: Path) -> None:
@@ -212,6 +271,48 @@ def test_a_user_has_taps_of_his_own_only(unprivileged_user: str, scripts: Script
     ended = as_caller(unprivileged_user, "-netdev", f"tap,id=n,{NO_SCRIPTS},ifname=mine")
     assert "/dev/net/tun: Permission denied" in ended.stderr
     assert "mode 0600" in ended.stderr
+
+
+def test_a_user_gets_a_tap_of_a_bridge_by_the_set_uid_helper(unprivileged_user: str, shared_tmp: Path) -> None:
+    """At launch and plugged in; the helper runs outside, since in QEMU's namespace set-uid means nothing."""
+    ip("link", "add", "b0", "type", "bridge")
+    Path("/etc/qemu/bridge.conf").write_text("allow b0\n")
+    helper = Path("/etc/qemu/qemu-bridge-helper")
+    shutil.copy(HELPER, helper)
+    helper.chmod(0o4755)
+    shared_tmp.chmod(0o1777)
+    monitor = ("-qmp", f"unix:{shared_tmp}/qmp,server=on,wait=off")
+    words = as_user(unprivileged_user, *dropin_words(), *IDLE, *monitor, "-netdev", f"bridge,id=n,br=b0,helper={helper}")
+    with started(words, env=home_of(unprivileged_user), cwd="/"), connected(shared_tmp / "qmp") as connection:
+        client = Client(connection)
+        assert os.listdir("/sys/class/net/b0/brif") == ["tap0"]
+        client.execute("netdev_add", type="bridge", id="m", br="b0", helper=str(helper))
+        assert sorted(os.listdir("/sys/class/net/b0/brif")) == ["tap0", "tap1"]
+        client.execute("netdev_del", id="m")
+        wait_until(lambda: os.listdir("/sys/class/net/b0/brif") == ["tap0"], "the end of the second tap")
+        assert client.hmp(f"netdev_add tap,id=m,br=b0,helper={helper}") == ""
+        assert len(os.listdir("/sys/class/net/b0/brif")) == 2
+    wait_until(lambda: interfaces() == ["b0"], "the end of the taps")
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "lacks", "hint"),
+    [
+        ("suid", 0o755, "the helper is not set-uid root", "chmod u+s {helper}; on Debian"),
+        ("nosuid", 0o4755, "the helper is on a file system that is mounted nosuid", "name another by helper="),
+    ],
+)
+def test_a_user_is_told_what_the_helper_lacks(
+    unprivileged_user: str, shared_tmp: Path, options: str, mode: int, lacks: str, hint: str
+) -> None:
+    ip("link", "add", "b0", "type", "bridge")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"mode=755,{options}", "none", shared_tmp], check=True)
+    helper = shared_tmp / "qemu-bridge-helper"
+    shutil.copy(HELPER, helper)
+    helper.chmod(mode)
+    ended = as_caller(unprivileged_user, "-netdev", f"bridge,id=n,br=b0,helper={helper}")
+    error = f"qemu-userns: -netdev bridge {helper}: to make a tap takes CAP_NET_ADMIN, and {lacks}\n"
+    assert ended.stderr.startswith(f"{error}hint: {hint.format(helper=helper)}")
 
 
 # --- while QEMU runs --------------------------------------------------------------------------------------------------

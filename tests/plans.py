@@ -191,6 +191,7 @@ def plan_of(
     lock_limit: tuple[int, int] = (-1, -1),
     version: tuple[int, ...] = (7, 2, 22),
     refused_taps: tuple[tuple[str, str], ...] = (),
+    refused_helpers: tuple[tuple[str, str, str, str], ...] = (),
     fd_limit: int = 1024,
     window: bool = False,
     virtiofsd: VirtiofsdFact | None = VIRTIOFSD,
@@ -202,6 +203,7 @@ def plan_of(
     facts = make_facts(root, fds, images, environ, landlock_abi, lock_limit, refused_taps, fd_limit)
     stand_ins = MadeUpStandIns()
     facts = facts.replace(paths=MadeUpPaths(root, paths), stand_ins=stand_ins, window=window, virtiofsd=virtiofsd)
+    facts = facts.replace(refused_helpers=refused_helpers)
     return build_plan("qemu", commandline, needs, facts, LEASED if root else USER, program, settings or Settings(), leased=root)
 
 

@@ -84,6 +84,7 @@ def look_at_host(
     for path in (program, PTMX, KVM, *extra, *_temporary(environ)):
         look(path)
     refused_taps = _find_refused_taps([need.obj.get("ifname") or "" for need in needs if need.way == ways.TAP], caller)
+    refused_helpers = _find_refused_helpers(needs, paths)
     refused_settings = _find_refused_settings(needs, taps)
     not_taps = _find_others(needs)
     base = tuple(walker.look(entry.path, to_write=False) for entry in BASE)
@@ -100,6 +101,7 @@ def look_at_host(
         environ,
         probe_landlock(),
         refused_taps,
+        refused_helpers,
         refused_settings,
         knows_machine(),
         limit,
@@ -179,6 +181,17 @@ def _find_refused_taps(names: "Sequence[str]", caller: "Caller") -> "tuple[tuple
     from qemu_userns.host.taps import find_refused
 
     return find_refused(names, caller)
+
+
+def _find_refused_helpers(needs: "Sequence[Need]", paths: "Mapping[str, PathFact]") -> "tuple[tuple[str, str, str, str], ...]":
+    """Return which programs cannot make a tap for QEMU, their bridges, why, and what would help."""
+    found = [need.obj for need in needs if need.way == ways.BRIDGE]
+    if not found:
+        return ()
+    from qemu_userns.host.taps import find_refused_helpers
+    from qemu_userns.plan.taps import read_helper
+
+    return find_refused_helpers([read_helper(obj, paths) for obj in found])
 
 
 def _find_refused_settings(needs: "Sequence[Need]", taps: "Sequence[TapSettings]") -> "tuple[tuple[str, str, str], ...]":

@@ -6,6 +6,7 @@ Source: net/tap.c and net/tap-linux.c of QEMU; Documentation/networking/tuntap.r
 import errno
 import fcntl
 import os
+import stat
 import struct
 import sys
 import time
@@ -26,6 +27,7 @@ from qemu_userns.errors import ResourceError
 from qemu_userns.host.leftovers import Downscript
 from qemu_userns.host.scripts import run_script, run_to_end
 from qemu_userns.plan.grants import HELPER_FD, Helper, Tap
+from qemu_userns.plan.taps import HELPERS, NAME_HELPER, is_command
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,6 +55,43 @@ def find_refused(names: "Iterable[str]", caller: "Caller") -> "tuple[tuple[str, 
         return ()
     reasons = ((name, _find_reason(name, caller)) for name in names)
     return tuple((name, reason) for name, reason in reasons if reason)
+
+
+def find_refused_helpers(wanted: "Iterable[tuple[str, str]]") -> "tuple[tuple[str, str, str, str], ...]":
+    """Return which programs cannot make a tap for QEMU, their bridges, why, and a hint; a line for the shell may do anything."""
+    reasons = [(*names, _find_helpers_reason(*names)) for names in wanted if names[0] and not is_command(names[0])]
+    return tuple((helper, bridge, *reason) for helper, bridge, reason in reasons if reason is not None)
+
+
+def _find_helpers_reason(helper: str, bridge: str) -> "tuple[str, str] | None":
+    try:
+        found = os.stat(helper)
+    except OSError as err:
+        return os.strerror(err.errno or 0), NAME_HELPER
+    if not os.access(helper, os.X_OK):
+        return "Permission denied", f"it belongs to {found.st_uid}:{found.st_gid} and has mode {found.st_mode & 0o7777:04o}"
+    if os.path.basename(helper) != os.path.basename(HELPERS[0]):
+        return None  # somebody's own: what it takes nobody knows
+    if not may_configure() and os.statvfs(helper).f_flag & os.ST_NOSUID:
+        return "to make a tap takes CAP_NET_ADMIN, and the helper is on a file system that is mounted nosuid", NAME_HELPER
+    if not may_configure() and not _gives_rights(helper, found):
+        hint = f"chmod u+s {helper}; on Debian, for updates too: dpkg-statoverride --update --add root root 4755 {helper}"
+        return "to make a tap takes CAP_NET_ADMIN, and the helper is not set-uid root", hint
+    try:
+        if_nametoindex(bridge)
+    except OSError:
+        return f"there is no bridge {bridge}", f"ip link add {bridge} type bridge"
+    return None
+
+
+def _gives_rights(program: str, status: os.stat_result) -> bool:
+    """Say whether who executes a program gets rights with it: by set-uid or by capabilities of the file."""
+    if status.st_mode & stat.S_ISUID and status.st_uid == 0:
+        return True
+    try:
+        return bool(os.getxattr(program, "security.capability"))
+    except OSError:
+        return False
 
 
 def find_others(numbers: "Iterable[int]") -> "frozenset[int]":

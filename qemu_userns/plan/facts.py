@@ -130,6 +130,8 @@ class HostFacts(Record):
     environment: "Mapping[str, str]"
     landlock_abi: int = 0  # 0: the kernel has none
     refused_taps: "tuple[tuple[str, str], ...]" = ()  # by name, "" for a new one: why the caller may not open it
+    # Programs that make a tap for QEMU, and its bridge: why they cannot, and a hint.
+    refused_helpers: "tuple[tuple[str, str, str, str], ...]" = ()
     # Of taps with settings, by id: why they cannot be made so, and a hint.
     refused_settings: "tuple[tuple[str, str, str], ...]" = ()
     call_filter: bool = False  # whether a seccomp filter can be built for this machine

@@ -13,11 +13,12 @@ from qemu_userns.plan.grants import HELPER_FD, READ, WRITE, Helper, OpenFd, Refu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from qemu_userns.catalogue.needs import Need
     from qemu_userns.cmdline.objects import Object
     from qemu_userns.plan.draft import Draft
+    from qemu_userns.plan.facts import PathFact
     from qemu_userns.plan.grants import TapSettings
 
 _O_RDWR = 2
@@ -27,6 +28,7 @@ _NETWORKS = ("netdev", "nic", "net")
 _BRIDGE = "br0"
 # Where builds of QEMU have it, the first one of them that is there.
 HELPERS = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/local/libexec/qemu-bridge-helper")
+NAME_HELPER = "name another by helper="
 # What QEMU refuses beside fd= and fds=.
 _TAP_KEYS = ("ifname", "script", "downscript", "vnet_hdr", "queues")
 _HELPER_KEYS = ("br", "helper")
@@ -41,6 +43,17 @@ def hand_over(draft: "Draft", need: "Need") -> None:
             _run_helper(draft, need)
         case ways.VHOST:
             _open_vhost(draft, need)
+
+
+def read_helper(obj: "Object", paths: "Mapping[str, PathFact]") -> "tuple[str, str]":
+    """Return the program that makes a tap for QEMU, "" for none, and the bridge that it is for."""
+    default = next((path for path in HELPERS if paths[path].kind == REGULAR), "")
+    return obj.get("helper") or default, obj.get("br") or _BRIDGE
+
+
+def is_command(helper: str) -> bool:
+    """Tell a line for the shell from a path; net/tap.c."""
+    return " " in helper or "\t" in helper
 
 
 def find_settings(taps: "Sequence[TapSettings]", obj: "Object") -> "TapSettings | None":
@@ -96,14 +109,16 @@ def _run_helper(draft: "Draft", need: "Need") -> None:
     obj, kind = need.obj, need.member
     if any(obj.get(key) for key in _TAP_KEYS) or kind is None:
         return
-    default = next((path for path in HELPERS if draft.path(path).kind == REGULAR), None)
-    helper, bridge = obj.get("helper") or default, obj.get("br") or _BRIDGE
-    if helper is None:
-        hint = "install it (Debian: qemu-system-common), or name another by helper="
-        draft.refuse(f"{need.describe()} {need.path}", MISSING, hint)
+    helper, bridge = read_helper(obj, draft.facts.paths)
+    if not helper:
+        draft.refuse(f"{need.describe()} {need.path}", MISSING, f"install it (Debian: qemu-system-common), or {NAME_HELPER}")
         return
+    for *refused, reason, hint in draft.facts.refused_helpers:
+        if refused == [helper, bridge]:
+            draft.refuse(f"{need.describe()} {helper}", reason, hint)
+            return
     options = ("--use-vnet", f"--fd={HELPER_FD}")
-    if " " in helper or "\t" in helper:
+    if is_command(helper):
         words = (helper, *options, *(() if "--br=" in helper else (f"--br={bridge}",)))
         argv: "tuple[str, ...]" = ("/bin/sh", "-c", " ".join(words))
     else:

@@ -144,6 +144,14 @@ def test_a_helper_that_is_not_there_is_named_before_anything_is_opened(option: s
     assert asked_for(plan) == ["/x/h --use-vnet --fd=3 --br=br0"]
 
 
+def test_a_helper_that_cannot_is_named_before_anything_is_opened() -> None:
+    refused = (("/x/h", "b", "it cannot", "make it so"),)
+    found = refusal("-netdev", "bridge,id=n,helper=/x/h,br=b", refused_helpers=refused)
+    assert found == ("-netdev bridge /x/h", "it cannot", "make it so")
+    plan = plan_of("-netdev", "bridge,id=n,helper=/x/h,br=c", refused_helpers=refused)
+    assert asked_for(plan) == ["/x/h --use-vnet --fd=3 --br=c"]
+
+
 def test_the_first_helper_that_is_there_is_run() -> None:
     gone = PathFact(HELPERS[0], HELPERS[0], ABSENT)
     plan = plan_of("-netdev", "bridge,id=n", paths={HELPERS[0]: gone})
