@@ -22,8 +22,8 @@ OWNER = 70000 if os.geteuid() == 0 else os.geteuid()
 GROUP = 70000 if os.geteuid() == 0 else os.getegid()
 
 
-def share(*words: str | Path, under: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [*under, sys.executable, "-I", "-c", PROGRAM, *map(str, words)]
+def share(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-I", "-c", PROGRAM, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
