@@ -1,4 +1,7 @@
-"""Debian's LXD 5.0.2 starts its VMs by the drop-in, with AppArmor on: what the daemon does with them, and shares with id maps."""
+"""Debian's LXD 5.0.2, and Incus 6.0 where it has it, start their VMs by the drop-in, with AppArmor on.
+
+What the daemons do with VMs, and shares with id maps.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from integration.daemons import LXD, Vm, apparmor_lines, guest_options, running_daemon, wait_gone, wait_state
+from integration.daemons import INCUS, LXD, Kind, Vm, apparmor_lines, guest_options, running_daemon, wait_gone, wait_state
 from integration.leftovers import process_table
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ USER = 1000
 PASSTHROUGH_CAPABILITIES = 0x1B  # chown, dac_override, fowner and fsetid, over mapped ids only
 NAME = "v1"
 HELPER = Path("/usr/lib/qemu/virtfs-proxy-helper")
+KINDS = [pytest.param(kind, id=kind.name) for kind in (LXD, INCUS) if Path(kind.server).exists()]
 
 
 @pytest.fixture
@@ -40,9 +44,10 @@ def disk(folder: Path, *more: str) -> str:
     return " ".join([f"source={folder}", f"path=/mnt/{folder.name}", *more])
 
 
-def test_without_us_a_share_takes_the_old_helper(folder: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_us_a_share_takes_the_old_helper(kind: Kind, folder: Path) -> None:
     """QEMU 9.2 and later have none: the VM does not even start."""
-    with running_daemon(LXD, with_dropin=False) as plain, plain.vm(NAME, {}, {"share": disk(folder)}) as vm:
+    with running_daemon(kind, with_dropin=False) as plain, plain.vm(NAME, {}, {"share": disk(folder)}) as vm:
         done = plain.run("start", NAME)
         if HELPER.exists():
             assert (done.returncode, vm.state) == (0, "RUNNING"), done.stderr
@@ -51,10 +56,14 @@ def test_without_us_a_share_takes_the_old_helper(folder: Path) -> None:
             assert 'Required binary "virtfs-proxy-helper" couldn\'t be found' in done.stderr
 
 
-@pytest.fixture(scope="module")
-def lxd() -> Iterator[Daemon]:
-    with running_daemon(LXD) as daemon:
+@pytest.fixture(scope="module", params=KINDS)
+def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
+    with running_daemon(request.param) as daemon:
         yield daemon
+
+
+def profile_of(daemon: Daemon) -> str:
+    return f"{daemon.kind.name}-{NAME}_<{daemon.kind.state}>"
 
 
 def assert_nothing_left(vm: Vm, pid: int) -> None:
@@ -68,72 +77,73 @@ def assert_nothing_left(vm: Vm, pid: int) -> None:
     assert devices not in Path("/proc/self/mountinfo").read_text()
 
 
-def test_a_vm_with_shares_starts_pauses_restarts_and_stops(lxd: Daemon, folder: Path) -> None:
+def test_a_vm_with_shares_starts_pauses_restarts_and_stops(daemon: Daemon, folder: Path) -> None:
     other = folder.parent / "other"
     other.mkdir()
     shares = {"share": disk(folder), "other": disk(other, "readonly=true")}
-    with lxd.vm(NAME, {"raw.apparmor": apparmor_lines()}, shares) as vm:
+    with daemon.vm(NAME, {"raw.apparmor": apparmor_lines()}, shares) as vm:
         vm.start()
         first = vm.pid
         assert vm.status("Uid").split() == [str(NOBODY)] * 4
         assert int(vm.status("CapEff"), 16) & ~PASSTHROUGH_CAPABILITIES == 0
         assert (vm.status("Seccomp"), vm.status("NoNewPrivs")) == ("2", "1")
         assert [int(word) for word in (vm.proc / "uid_map").read_text().split()[:3]] == [0, NOBODY, 1]
-        assert (vm.proc / "attr/current").read_text().strip() == f"lxd-{NAME}_</var/lib/lxd> (enforce)"
+        assert (vm.proc / "attr/current").read_text().strip() == f"{profile_of(daemon)} (enforce)"
         assert "helper is host root without an id map" in vm.early_log
-        lxd.check("pause", NAME)
+        daemon.check("pause", NAME)
         assert vm.state == "FROZEN"
-        lxd.check("start", NAME)
+        daemon.check("start", NAME)
         assert vm.state == "RUNNING"
-        lxd.check("restart", "--force", NAME)
+        daemon.check("restart", "--force", NAME)
         second = vm.pid
         assert (vm.state, second != first) == ("RUNNING", True)
         wait_gone(first)
-        lxd.check("stop", "--force", NAME)
+        daemon.check("stop", "--force", NAME)
         assert vm.state == "STOPPED"
         assert_nothing_left(vm, second)
 
 
-def test_a_vm_without_shares_has_no_capability(lxd: Daemon) -> None:
-    with lxd.vm(NAME, {"raw.apparmor": apparmor_lines()}, {}) as vm:
+def test_a_vm_without_shares_has_no_capability(daemon: Daemon) -> None:
+    with daemon.vm(NAME, {"raw.apparmor": apparmor_lines()}, {}) as vm:
         vm.start()
         assert (vm.status("CapEff"), vm.status("Uid").split()) == ("0" * 16, [str(NOBODY)] * 4)
 
 
-def test_a_vm_that_is_killed_leaves_nothing(lxd: Daemon, folder: Path) -> None:
-    with lxd.vm(NAME, {"raw.apparmor": apparmor_lines()}, {"share": disk(folder)}) as vm:
+def test_a_vm_that_is_killed_leaves_nothing(daemon: Daemon, folder: Path) -> None:
+    with daemon.vm(NAME, {"raw.apparmor": apparmor_lines()}, {"share": disk(folder)}) as vm:
         vm.start()
         pid = vm.pid
         os.kill(pid, signal.SIGKILL)
         wait_gone(pid)
-        lxd.run("stop", "--force", NAME)  # LXD 5.0 notices only when it is asked
+        daemon.run("stop", "--force", NAME)  # LXD 5.0 notices only when it is asked
         wait_state(vm, "STOPPED")
         assert_nothing_left(vm, pid)
         vm.start()
 
 
-def test_the_profile_must_allow_it(lxd: Daemon) -> None:
+def test_the_profile_must_allow_it(daemon: Daemon) -> None:
     """The error says which profile it is."""
     lines = "".join(line for line in apparmor_lines().splitlines(keepends=True) if line not in ("mount,\n", "userns,\n"))
-    with lxd.vm(NAME, {"raw.apparmor": lines}, {}) as vm:
-        done = lxd.run("start", NAME)
+    with daemon.vm(NAME, {"raw.apparmor": lines}, {}) as vm:
+        done = daemon.run("start", NAME)
         assert (done.returncode, vm.state) == (1, "STOPPED")
-        assert f"its profile lxd-{NAME}_</var/lib/lxd> lacks `userns, capability sys_admin, mount,`" in done.stderr
-        assert f'lxc config set {NAME} raw.apparmor "$(cat /etc/qemu-userns/lxd.apparmor)"' in done.stderr
+        assert f"its profile {profile_of(daemon)} lacks `userns, capability sys_admin, mount,`" in done.stderr
+        kind = daemon.kind
+        assert f'{kind.client} config set {NAME} raw.apparmor "$(cat /etc/qemu-userns/{kind.name}.apparmor)"' in done.stderr
 
 
-def test_a_share_shows_and_gets_the_owners_of_its_map(lxd: Daemon, folder: Path) -> None:
+def test_a_share_shows_and_gets_the_owners_of_its_map(daemon: Daemon, folder: Path) -> None:
     """As LXD's multi-user mode sets it up. The attack of the Incus thread: guest root leaves a set-uid shell on the host."""
     (folder / "users").write_text("text")
     os.chown(folder / "users", USER, USER)
     (folder / "roots").write_text("text")
     folder.chmod(0o777)
-    config = {"raw.apparmor": apparmor_lines(), "raw.idmap": f"both {USER} {USER}", "raw.qemu": guest_options(LXD, NAME)}
-    with lxd.vm(NAME, config, {"share": disk(folder)}) as vm:
+    config = {"raw.apparmor": apparmor_lines(), "raw.idmap": f"both {USER} {USER}", "raw.qemu": guest_options(daemon.kind, NAME)}
+    with daemon.vm(NAME, config, {"share": disk(folder)}) as vm:
         vm.start()
         with vm.guest() as guest:
             guest.check("mkdir -p /config /share; mount -t 9p -o trans=virtio,version=9p2000.L,access=0,ro config /config")
-            guest.check("mount -t 9p -o trans=virtio,version=9p2000.L lxd_share /share")
+            guest.check(f"mount -t 9p -o trans=virtio,version=9p2000.L {daemon.kind.name}_share /share")
             assert "metadata" in guest.check("ls -R /config") or "install.sh" in guest.check("ls /config")
             assert guest.check("stat -c %u:%g /share/users /share/roots").split() == [f"{USER}:{USER}", f"{NOBODY}:{NOBODY}"]
             guest.check(f"touch /share/mine && chown {USER}:{USER} /share/mine")

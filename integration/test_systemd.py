@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ IDLE = "-nodefaults -display none -M q35 -S"
 # Of systemd.exec(5): what a VM starts with besides the unit's own, and what keeps it from starting.
 HIDES = {"ProtectHome=yes": ("/home/", "/root/"), "PrivateTmp=yes": ("/tmp/", "/var/tmp/")}
 """What cannot be tried where the program itself is there."""
-ALL_MORE = ("ProtectProc=invisible", *HIDES, "PrivateDevices=yes", "PrivateNetwork=yes", "PrivateIPC=yes")
+ALL_MORE = (*HIDES, "PrivateDevices=yes", "PrivateNetwork=yes")
 MORE = tuple(option for option in ALL_MORE if not str(CHECKOUT).startswith(HIDES.get(option, ())))
 TOO_MUCH = (
     *("RestrictNamespaces=yes", "PrivateUsers=yes", "RestrictSUIDSGID=yes", "ProtectKernelTunables=yes"),
@@ -112,6 +113,20 @@ def test_a_vm_that_cannot_start_says_why(folder: Path) -> None:
         systemd.run("systemctl", "start", VM, check=False)
         assert systemd.show(VM, "ActiveState", "Result") == {"ActiveState": "failed", "Result": "exit-code"}
         assert (folder / "stderr").read_text().startswith("qemu-userns: -kernel /no/such/kernel: No such file or directory\n")
+
+
+def test_a_vm_without_a_file_of_variables_does_not_start_silently(folder: Path) -> None:
+    units = service(folder, QEMU_ARGS=IDLE)
+    (folder / "vm.env").unlink()
+    with booted(folder, units) as systemd:
+        assert "Assertion failed" in systemd.run("sh", "-c", f"! systemctl start {VM} 2>&1")
+
+
+def test_the_slice_has_limits(folder: Path) -> None:
+    with booted(folder, service(folder, QEMU_ARGS=IDLE)) as systemd:
+        found = systemd.show("qemu-userns.slice", "TasksMax", "MemoryMax", "CPUWeight", "IOWeight")
+    assert 0 < int(found.pop("MemoryMax")) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert found == {"TasksMax": "16384", "CPUWeight": "50", "IOWeight": "50"}
 
 
 def test_which_hardening_a_vm_starts_with(folder: Path) -> None:

@@ -25,7 +25,7 @@ _SERVICE = """\
 Description=Virtual machine %i
 Documentation=man:qemu-userns(1)
 After=network.target
-ConditionPathExists={directory}/%i.env
+AssertPathExists={directory}/%i.env
 
 [Service]
 Type=notify
@@ -43,6 +43,8 @@ UMask=0077
 NoNewPrivileges=yes
 CapabilityBoundingSet={capabilities}
 ProtectSystem=full
+ProtectProc=invisible
+PrivateIPC=yes
 ProtectClock=yes
 ProtectHostname=yes
 ProtectKernelModules=yes
