@@ -98,12 +98,14 @@ class Draft:
 
     def refuse_access(self, need: "Need", what: str) -> None:
         """Refuse what QEMU's id may not do, and what no fd can stand in for."""
-        fact = self.path(need.path)
-        self.refuse(
-            f"{need.describe()} {need.path}",
-            f"QEMU's id {self.identity.uid} may not {what}",
-            f"it belongs to {fact.uid}:{fact.gid} and has mode {fact.mode & 0o7777:04o}; change that, or use -run-with user=",
-        )
+        fact, account = self.path(need.path), self.facts.caller.account
+        if self.facts.caller.root:
+            hint = f"it belongs to {fact.uid}:{fact.gid} and has mode {fact.mode & 0o7777:04o}; change that, or use -run-with user="
+        else:
+            from qemu_userns.plan.refusals import explain_denied
+
+            hint = explain_denied(fact, account, WRITE)
+        self.refuse(f"{need.describe()} {need.path}", f"QEMU's id {self.identity.uid} may not {what}", hint)
 
     def show_host(self, read_only: bool) -> None:
         """Show the whole host tree, writable if any of those who ask for it need it so."""
@@ -257,6 +259,10 @@ class Draft:
         if idmap is None and not writable and not device and self.facts.caller.root and not self.may(fact, want):
             idmap = build_owner_map(fact.uid, fact.gid, self.identity)
         self.add(Bind(why, fact.real, writable, device, fact.inode, idmap))
+
+    def bind_as_own(self, fact: "PathFact", why: str) -> None:
+        """Show what QEMU's id is the owner of there, and nowhere else; only root can. A socket needs no writable mount."""
+        self.bind(fact, False, why, idmap=build_owner_map(fact.uid, fact.gid, self.identity))
 
     def legacy_to_chardev(self, obj: "Object", legacy: "LegacyChardev", why: str) -> None:
         """Rewrite a character device in the old language to a -chardev of the same label, and `chardev:LABEL`.

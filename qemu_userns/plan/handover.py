@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     Handover = Callable[[Draft, Need, CommandLine], None]
 
+_OWNER_WRITES = 0o200
+
 
 def hand_over(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Add what one need takes."""
@@ -204,11 +206,13 @@ def _socket(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
 
 
 def _connect(draft: "Draft", need: "Need", fact: "PathFact") -> None:
-    """Connect outside to a socket that QEMU may not connect to."""
+    """Connect outside to a socket that QEMU may not connect to, or where none can be passed have root show it as QEMU's own."""
     if draft.caller_may(fact, WRITE) and draft.takes_fd(need):
         number = draft.next_fd()
         draft.add(Connect(need.describe(), fact.real, number, fact.inode))
         draft.pass_socket(need, number)
+    elif draft.facts.caller.root and fact.mode & _OWNER_WRITES:
+        draft.bind_as_own(fact, need.describe())
     else:
         draft.refuse_access(need, "connect to it")
 

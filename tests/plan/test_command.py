@@ -395,9 +395,11 @@ def test_what_is_not_there_qemu_says_itself(name: str) -> None:
     assert [grant for grant in found.grants if isinstance(grant, Bind)] == []
 
 
-def test_a_root_owned_socket_is_not_for_hmp() -> None:
-    found = plan(HMP, {"command-line": "chardev-add socket,id=c,path=/x/sock-root"}, root=True)
-    assert "may not connect to it" in refused(found)
+def test_a_root_owned_socket_is_qemus_own_for_hmp() -> None:
+    line = "chardev-add socket,id=c,path=/x/sock-root"
+    found = plan(HMP, {"command-line": line}, root=True)
+    assert asked(found) == ["ro /x/sock-root as owner"]
+    assert "may not connect to it" in refused(plan(HMP, {"command-line": line}))
 
 
 # --- the plan itself --------------------------------------------------------------------------------------------------

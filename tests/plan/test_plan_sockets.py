@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qemu_userns.plan.facts import SOCKET, PathFact
 from tests.plans import asked_for, plan_of
 
 CLIENT = "-netdev stream,id=n,addr.type=unix,addr.path=/x/sock-root,addr.abstract=off"
@@ -53,7 +54,20 @@ def test_an_address_becomes_the_number_of_an_fd(words: str, grant: str, after: s
 def test_what_connects_again_or_takes_no_fd_keeps_its_path(words: str) -> None:
     plan = plan_of(*words.split(), root=True)
     assert plan.words[-1] == words.partition(" ")[2]
-    assert asked_for(plan) == (["ro /x"] if "reconnect=1" in words else ["refuse: QEMU's id 600000 may not connect to it"])
+    assert asked_for(plan) == (["ro /x"] if "reconnect=1" in words else ["ro /x/sock-root as owner"])
+    if "reconnect=1" not in words:
+        assert asked_for(plan_of(*words.split())) == ["refuse: QEMU's id 1000 may not connect to it"]
+
+
+def test_a_socket_that_its_owner_may_not_connect_to_is_refused() -> None:
+    closed = PathFact("/x/sock", "/x/sock", SOCKET, mode=0o140444, readable=True, writable=True)
+    netdev = ("-chardev", "socket,id=c,path=/x/sock", "-netdev", "vhost-user,id=n,chardev=c")
+    (refused,) = plan_of(*netdev, root=True, paths={"/x/sock": closed}).find_refusals()
+    assert refused.reason == "QEMU's id 600000 may not connect to it"
+    assert refused.hint == "it belongs to 0:0 and has mode 0444; change that, or use -run-with user="
+    closed = closed.replace(writable=False)
+    (refused,) = plan_of(*netdev, paths={"/x/sock": closed}).find_refusals()
+    assert refused.hint == "it belongs to 0:0 and has mode 0444; be its owner, in its group, or change the mode"
 
 
 @pytest.mark.parametrize("ours", ["/y", "/x"])
