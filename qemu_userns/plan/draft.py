@@ -100,7 +100,8 @@ class Draft:
         """Refuse what QEMU's id may not do, and what no fd can stand in for."""
         fact, account = self.path(need.path), self.facts.caller.account
         if self.facts.caller.root:
-            hint = f"it belongs to {fact.uid}:{fact.gid} and has mode {fact.mode & 0o7777:04o}; change that, or use -run-with user="
+            owner = f"it belongs to {fact.uid}:{fact.gid} and has mode {fact.mode & 0o7777:04o}"
+            hint = f"{owner}; change that, or use -run-with user="
         else:
             from qemu_userns.plan.refusals import explain_denied
 
