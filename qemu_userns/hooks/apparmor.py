@@ -25,6 +25,7 @@ unix,
 /** rwlk,
 "{directory}/qemu-system-*" ix,
 "{python}" ix,
+/{{,usr/,usr/local/}}bin/qemu-system-* mrix,
 """
 _SPECIAL = '\\"*?[]{}^,'  # apparmor.d(5), "Globbing" and "Quoting"
 RESTRICTION = "kernel.apparmor_restrict_unprivileged_userns"
