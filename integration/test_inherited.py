@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from integration.talk import fds_of, qmp_over, running, wait_until
+from integration.talk import PLAIN, fds_of, qmp_over, running, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -229,3 +229,56 @@ def test_a_high_number_of_the_callers_is_kept_apart_from_our_own(dropin: list[st
         finally:
             for number in taken:
                 os.close(number)
+
+
+@contextlib.contextmanager
+def output_fds(kind: str, folder: Path) -> Iterator[tuple[int, int]]:
+    """Give an fd to read from without waiting, and one to write to, that only the tester may open again."""
+    if kind == "pipe":
+        reader, writer = os.pipe()
+    elif kind == "terminal":
+        reader, writer = os.openpty()
+    else:
+        writer = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        reader = os.open(folder / "output", os.O_RDONLY)
+    os.set_blocking(reader, False)
+    try:
+        yield reader, writer
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "terminal"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-chardev", "file,id=c,path=/proc/self/fd/{}", "-mon", "chardev=c,mode=readline"],
+        ["-chardev", "file,id=c,path=/proc/self/fd/{},append=on", "-mon", "chardev=c,mode=readline"],
+        ["-monitor", "file:/proc/self/fd/{}"],
+    ],
+    ids=["chardev", "append", "legacy"],
+)
+def test_output_goes_to_an_inherited_fd_that_is_named_by_its_path(
+    dropin: list[str], shared_tmp: Path, options: list[str], kind: str
+) -> None:
+    """As virtme-ng names its standard streams, which may be root's alone."""
+    seen = []
+    for words in (PLAIN, dropin):
+        with output_fds(kind, shared_tmp) as (reader, writer):
+            os.write(writer, b"what was there\n")
+            filled = [word.format(writer) for word in options]
+            with running(words, *filled, pass_fds=(writer,)) as qemu:
+                text = b""
+
+                def has_greeted(reader: int = reader) -> bool:
+                    nonlocal text
+                    with contextlib.suppress(BlockingIOError):
+                        text += os.read(reader, 4096)
+                    return b"(qemu)" in text
+
+                wait_until(has_greeted, "what the monitor says first")
+                assert qemu.quit() == 0
+            seen.append(text)
+    assert seen[1] == seen[0]
+    assert (b"what was there" in seen[0]) == (kind != "file" or "append=on" in options[1])

@@ -226,8 +226,8 @@ def _open_checked(grant: OpenFd) -> int:
     fd = os.open(grant.path, flags) if find_fd(grant.path) is not None else open_real(grant.path, flags)
     found = os.fstat(fd)
     check_inode(found, grant.inode, grant.path)
-    if grant.device is None and not stat.S_ISREG(found.st_mode):
-        raise ResourceError(grant.path, "is not a regular file")
+    if grant.device is None and not (stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
+        raise ResourceError(grant.path, "is not a regular file or a pipe")
     if grant.device is not None and (not stat.S_ISCHR(found.st_mode) or found.st_rdev != grant.device):
         raise ResourceError(grant.path, "is not the device that was planned for")
     os.set_blocking(fd, True)

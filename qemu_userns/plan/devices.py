@@ -1,5 +1,6 @@
 """Hand over device nodes: shown where QEMU opens them, or opened outside. Pure."""
 
+from qemu_userns.catalogue import ways
 from qemu_userns.catalogue.buses import USB_NODES, find_cancel_files, find_sys_directory
 from qemu_userns.cmdline.source import append, remove, replace
 from qemu_userns.plan.base import KVM
@@ -30,7 +31,7 @@ def show_node(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     if not draft.check(need, fact, want):
         return
     if draft.facts.caller.root and fact.kind == CHARACTER and is_below(fact.real, _TERMINALS) and not draft.may(fact, want):
-        _pass_terminal(draft, need)
+        pass_in_fdset(draft, need)  # a node of it that is made anew cannot be opened, since it lies in no devpts
     elif draft.facts.caller.root and fact.kind in (CHARACTER, BLOCK) and not draft.may(fact, READ | WRITE):
         draft.way_to(fact, need.describe())
         draft.add(Node(need.describe(), fact.real, fact.device, fact.kind == BLOCK))
@@ -40,17 +41,27 @@ def show_node(draft: "Draft", need: "Need", _: "CommandLine") -> None:
         draft.bind(fact, want == WRITE or fact.kind != REGULAR, need.describe(), device=fact.kind in (CHARACTER, BLOCK))
 
 
-def _pass_terminal(draft: "Draft", need: "Need") -> None:
-    """Pass a pseudo terminal in an fdset: a node of it that is made anew cannot be opened, since it lies in no devpts."""
+def pass_in_fdset(draft: "Draft", need: "Need") -> None:
+    """Have what a character device names opened outside, and name the fdset instead.
+
+    QEMU truncates the file of an fdset unless it appends, and fails where that cannot be done (util/osdep.c: qemu_dup_flags).
+    """
     fact = draft.path(need.path)
     fdset = draft.next_fdset()
     name, why = f"/dev/fdset/{fdset}", f"{need.path} is opened outside"
-    draft.pass_file(OpenFd(need.describe(), fact.real, need.path, _O_RDWR, draft.next_fd(), fdset, fact.inode, fact.device))
+    is_output = need.way in (ways.WRITE, ways.APPEND)
+    appends = is_output and fact.kind != REGULAR
+    flags = _O_WRONLY if is_output else _O_RDWR
+    device = fact.device if fact.kind == CHARACTER else None
+    draft.pass_file(OpenFd(need.describe(), fact.real, need.path, flags, draft.next_fd(), fdset, fact.inode, device))
     if need.legacy is not None:
         members = tuple((key, name if key == "path" else value) for key, value in need.legacy.members)
-        draft.legacy_to_chardev(need.obj, need.legacy.replace(members=members), why)
+        more = (("append", "on"),) if appends else ()
+        draft.legacy_to_chardev(need.obj, need.legacy.replace(members=members + more), why)
     elif need.member is not None:
         draft.edits.append(replace(need.member, name, why))
+        if appends:
+            draft.edits.append(append(need.obj, "append", True, "what it is cannot be truncated"))
 
 
 def open_node(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:

@@ -8,7 +8,7 @@ from qemu_userns.catalogue.needs import names_tap
 from qemu_userns.cmdline.source import drop, remove
 from qemu_userns.plan import devices, images, shares
 from qemu_userns.plan.draft import is_shown
-from qemu_userns.plan.facts import ABSENT, DIRECTORY, MISSING, REGULAR, SOCKET, directory_of
+from qemu_userns.plan.facts import ABSENT, CHARACTER, DIRECTORY, FIFO, MISSING, REGULAR, SOCKET, directory_of
 from qemu_userns.plan.grants import READ, SEARCH, WRITE, Connect, Consume, Create, CreateDir, Listen, Reserved
 from qemu_userns.plan.plan import NO_HOST
 
@@ -43,12 +43,19 @@ def _reopen_fd(draft: "Draft", need: "Need", number: int, commandline: "CommandL
         shares.keep_fd(draft, need, fact)
     if fact.kind == SOCKET and need.way == ways.SOCKET and not need.listens and not draft.may(fact, WRITE):
         _connect(draft, need, fact)  # connect(2) by an O_PATH fd takes the same rights as by the path
+    elif _takes_output_fd(need) and fact.kind in (REGULAR, FIFO, CHARACTER) and not draft.may(fact, WRITE):
+        devices.pass_in_fdset(draft, need)
     elif fact.kind != REGULAR or draft.may(fact, READ):
         draft.keep_fd(number, need.describe(), reopened=True)
     elif need.way == ways.IMAGE:
         images.hand_over(draft, need, commandline)
     else:
         draft.add(Reserved(need.describe(), "copy", number))
+
+
+def _takes_output_fd(need: "Need") -> bool:
+    """Return whether this is the file of a character device, which may be one of an fdset."""
+    return need.way in (ways.WRITE, ways.APPEND) and (need.obj.kind == "chardev" or need.legacy is not None)
 
 
 def _read(draft: "Draft", need: "Need", _: "CommandLine") -> None:
