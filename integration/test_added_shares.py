@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from integration.leftovers import process_table
 from integration.shares import Launch, SharedVm, dropin_words, launches, module_folder, mount_options, tree
 from integration.talk import fds_of, is_alive, running, started, status_of, wait_until
+from integration.test_hotplug_guest import wait_for
 from integration.vm import running_guest
 from qemu_userns.supervisor.registry import find_run_dir, read_entry
 from tests.conftest import CHECKOUT
@@ -160,6 +162,32 @@ def test_both_are_the_same_directory_with_the_same_owners(vm: tuple[SharedVm, st
     assert (there[0], here[1]) == ((1000, 1000) if os.geteuid() == 0 else (found.uid(1000), found.gid(1000)))
 
 
+def test_what_a_guest_sees_when_a_virtiofsd_dies(vm: tuple[SharedVm, str]) -> None:
+    """Who touches its mount hangs, and cannot be killed; the other shares, and the same directory by 9p, go on.
+
+    The last test of this VM: such a guest cannot power off by itself.
+    """
+    found, driver = vm
+    guest, root = found.guest, str(found.folder / "ro")
+    daemons = [daemon for daemon in find_daemons(guest.pid) if find_shared(daemon) == root]
+    assert len(daemons) == (driver != "9p")
+    for daemon in daemons:
+        os.kill(daemon, signal.SIGKILL)
+        wait_until(functools.partial(lambda pid: not is_alive(pid), daemon), "virtiofsd's end")
+        try:
+            answer = guest.check(f"""cat /ro/user >/tmp/answer 2>&1 & pid=$!
+                {wait_for("grep -q request_wait_answer /proc/$pid/wchan")}; kill -9 $pid
+                {wait_for("grep -q '^State:.D' /proc/$pid/status")}; cat /tmp/answer; cat /proc/$pid/comm
+                cd /mapped; echo on >goes; cat goes""")
+            assert answer == "cat\non\n"
+            if driver == "both":  # not from /, where mount would look at the tag as a path, and hang
+                assert guest.check(f"mkdir /twin; cd /tmp; {MOUNTS['9p']} ro /twin; cat /twin/user") == "user"
+            assert guest.process.poll() is None
+        finally:
+            guest.process.kill()
+            guest.process.wait()
+
+
 # --- virtiofsd, the process ------------------------------------------------------------------------------------------
 
 
@@ -175,6 +203,12 @@ def find_daemons(pid: int) -> list[int]:
             with contextlib.suppress(PermissionError, FileNotFoundError, ProcessLookupError):
                 found += [other] if os.readlink(f"/proc/{other}/ns/user") == namespace else []
     return found
+
+
+def find_shared(daemon: int) -> str:
+    """Return what a virtiofsd shares: its root is the root of its only mount."""
+    (line,) = Path(f"/proc/{daemon}/mountinfo").read_text().splitlines()
+    return line.split()[3]
 
 
 def test_a_virtiofsd_is_confined_and_ends_with_qemu(launch: Launch, shared_tmp: Path) -> None:

@@ -45,6 +45,10 @@ TABLES = (
 )
 
 
+# The virtiofsd that bookworm does not have, and backports bring no package of.
+VIRTIOFSD = ("integration/test_virtiofsd_host.py",)
+
+
 class Selection(NamedTuple):
     """Tests and their time."""
 
@@ -56,6 +60,6 @@ class Selection(NamedTuple):
 SELECTIONS = {
     "bookworm": Selection(CORE, 2400),
     # QEMU 10 and 11 are slower to start, and more so where a processor is emulated.
-    "trixie": Selection((*CORE, *TABLES), 3000),
+    "trixie": Selection((*CORE, *TABLES, *VIRTIOFSD), 3000),
     "trixie-backports": Selection((*CORE, *TABLES), 3000),
 }
