@@ -182,7 +182,7 @@ def test_two_guests_talk_over_the_bridge(launch: Launch, shared_tmp: Path) -> No
         for booted, nic in ((one, first), (two, second)):
             nic.find(booted.guest, f"10.8.0.{nic.number}/24")
         assert sorted(os.listdir("/sys/class/net/b0/brif")) == ["tap0", "tap1"]
-        one.guest.check("ping -c 2 -W 5 -s 1400 10.8.0.2 >/dev/null")
-        two.guest.check("ping -c 2 -W 5 -s 1400 10.8.0.1 >/dev/null")
+        one.guest.check("ping -A -c 2 -W 5 -s 1400 10.8.0.2 >/dev/null")
+        two.guest.check("ping -A -c 2 -W 5 -s 1400 10.8.0.1 >/dev/null")
         two.unplug(second)
         wait_until(lambda: os.listdir("/sys/class/net/b0/brif") == ["tap0"], "the end of the tap")
