@@ -56,16 +56,18 @@ class Lock:
             return False
 
 
-def check_place(path: str, root: str) -> None:
+def check_place(path: str, root: str, trusted_uid: "int | None" = None) -> None:
     """Check that only root, or the caller, decides what is at a path: then nobody else can race for it either.
 
     Args:
         path: below `root`, which need not exist.
         root: the directory of another system, "" for this one; what is above it is the caller's business.
+        trusted_uid: whose directories may be on the way beside root's; None for the caller's.
 
     Raises:
         ResourceError: a directory on the way is somebody else's, or others may write to it; or a symlink leads out of `root`.
     """
+    trusted = (0, os.geteuid() if trusted_uid is None else trusted_uid)
     place, top = os.path.realpath(os.path.dirname(root + path)), os.path.realpath(root or "/")
     if os.path.commonpath((place, top)) != top:
         raise ResourceError(root + path, f"a symlink leads out of {root}", "run the hook within that system: chroot(8)")
@@ -76,7 +78,7 @@ def check_place(path: str, root: str) -> None:
             found = None
         except OSError as err:
             raise ResourceError(place, err.strerror or str(err)) from err
-        if found is not None and found.st_uid not in (0, os.geteuid()):
+        if found is not None and found.st_uid not in trusted:
             raise ResourceError(place, f"belongs to uid {found.st_uid}, who could put anything there", "chown it to root")
         if found is not None and found.st_mode & _WRITABLE_BY_OTHERS and (place != top or not root):
             raise ResourceError(place, f"others may write to it (mode {found.st_mode & 0o7777:04o})", f"chmod go-w {place}")

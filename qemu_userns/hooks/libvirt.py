@@ -41,7 +41,7 @@ def build_setup(options: "Options") -> Setup:
     user = find_setting(conf, "user") or DEFAULT_USER
     qemus = find_qemus(STANDARD_PATH, root)
     running = () if root else find_processes(("libvirtd", "virtqemud"))
-    limits, limit_faults = describe_limits(root, running[0].pid if running else None)
+    limits, limit_faults = describe_limits(options, running[0].pid if running else None)
     steps: "list[Step]" = [
         applied.build_step(options),
         Entries("the emulators that domains name", directory),

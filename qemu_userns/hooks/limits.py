@@ -1,9 +1,11 @@
-"""What a host allows VMs: which QEMU there is, user namespaces, ids to lease, memory to lock."""
+"""What a host has and allows VMs: which QEMU, user namespaces, ids to lease, memory to lock; and whose the programs are."""
 
 import os
 
-from qemu_userns.errors import HostError, QemuUsernsError
-from qemu_userns.hooks.files import read_text
+import qemu_userns
+from qemu_userns.errors import HostError, QemuUsernsError, ResourceError
+from qemu_userns.hooks.files import check_place, read_text
+from qemu_userns.hooks.install import find_import_path
 from qemu_userns.hooks.steps import STANDARD_PATH, Fault, run
 from qemu_userns.host.config import load_config
 from qemu_userns.host.leases import LEASE_COUNT, count_ranges, find_pools
@@ -12,6 +14,8 @@ from qemu_userns.host.qemu import find_qemu
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from qemu_userns.hooks.host import Options
 
 _SYSCTLS = ("user.max_user_namespaces", "kernel.unprivileged_userns_clone", "kernel.apparmor_restrict_unprivileged_userns")
 _CONFIG = "/etc/qemu-userns/config.toml"
@@ -72,28 +76,46 @@ def find_leases(root: str) -> "tuple[str, list[Fault]]":
     return text, [Fault(f"ids {ranges}", why, f"set a larger `pool` in {_CONFIG}")]
 
 
+def find_owners(python: str) -> "list[Fault]":
+    """Return whether somebody else than root decides what runs as root: the interpreter, or this program.
+
+    Args:
+        python: the interpreter.
+    """
+    for path in (python, *(os.path.join(directory, "any") for directory in find_import_path()), qemu_userns.__file__):
+        try:
+            check_place(path, "", trusted_uid=0)
+        except ResourceError as err:
+            hint = f"{err.hint}; or install qemu-userns where only root may write, and run the hook from there"
+            return [Fault(err.what, f"{err.why}, and root's VMs are started by what is in it", hint)]
+    return []
+
+
 def describe_lock_limit(pid: "int | None") -> str:
-    """Say how much memory a daemon's children may lock, as vfio and -overcommit mem-lock=on do: getrlimit(2)."""
+    """Say how much memory VMs may lock, as vfio and -overcommit mem-lock=on do: getrlimit(2), systemd.exec(5).
+
+    Args:
+        pid: of the daemon that starts them, None for one that does not run, and for systemd itself.
+    """
     lines = (read_text(f"/proc/{pid}/limits") or "").splitlines() if pid is not None else []
-    limit = next(
-        (line.removeprefix("Max locked memory").split()[0] for line in lines if line.startswith("Max locked memory")), None
-    )
-    said = "not known, for it does not run" if limit is None else limit if limit == "unlimited" else f"{limit} bytes"
-    return f"memory that the daemon may lock: {said}; for vfio and -overcommit mem-lock=on root's launcher raises it"
+    limit = next((line.split()[3] for line in lines if line.startswith("Max locked memory")), None)
+    said = "LimitMEMLOCK= of the unit" if limit is None else limit if limit == "unlimited" else f"{limit} bytes"
+    return f"memory that VMs may lock: {said}; for vfio and -overcommit mem-lock=on root's launcher raises it"
 
 
-def describe_limits(root: str, pid: "int | None") -> "tuple[list[str], list[Fault]]":
+def describe_limits(options: "Options", pid: "int | None") -> "tuple[list[str], list[Fault]]":
     """Say what the host allows, and what is wrong with that; of another system, what its files say.
 
     Args:
-        root: where the host's files are; "" for this host.
+        options: of the hook.
         pid: of the daemon, if it runs.
     """
-    leases, faults = find_leases(root)
-    if root:
+    leases, faults = find_leases(options.root)
+    if options.root:
         return [leases], faults
     values = read_sysctls()
-    return [describe_sysctls(values), leases, describe_lock_limit(pid)], [*find_sysctl_faults(values), *faults]
+    faults = [*find_sysctl_faults(values), *faults, *find_owners(options.python)]
+    return [describe_sysctls(values), leases, describe_lock_limit(pid)], faults
 
 
 def list_programs(directory: str) -> "list[str]":

@@ -52,7 +52,7 @@ def build_setup(daemon: Daemon, options: "Options") -> Setup:
     snap = find_snap(daemon.snap, root) if daemon.snap else None
     qemus = find_qemus(STANDARD_PATH, root)
     running = () if root else find_processes(daemon.processes)
-    limits, limit_faults = describe_limits(root, running[0].pid if running else None)
+    limits, limit_faults = describe_limits(options, running[0].pid if running else None)
     version = find_package(name, root)
     findings = [
         f"{name}: {f'Debian package {version}' if version else f'snap {snap}' if snap else 'not installed'}",

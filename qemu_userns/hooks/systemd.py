@@ -91,7 +91,7 @@ def build_setup(options: "Options") -> Setup:
         obstacles.append(Fault(program, "is not there", "install qemu-userns with pip"))
     if any(character in program for character in "\"'\\"):
         obstacles.append(Fault(program, "has a quote or a backslash, and no unit can name it", "install it at another place"))
-    limits, faults = describe_limits(options.root, None)
+    limits, faults = describe_limits(options, None)
     restriction = find_restriction(options.name, program, options.root)
     return Setup(
         (f"program: {program}", f"systemd: {'runs' if running else 'does not run here'}", *limits),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from qemu_userns.cli.hook import hook
 from qemu_userns.hooks.host import Options, find_processes
 from qemu_userns.hooks.limits import describe_lock_limit, find_sysctl_faults, read_sysctls
 from qemu_userns.hooks.lxd import DAEMONS, build_setup
+from tests.conftest import CHECKOUT
 from tests.forked import in_namespaces
-from tests.systems import directory_of, files, run_hook, write
+from tests.systems import PROGRAM, directory_of, files, run_hook, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,7 +130,7 @@ def test_looking_says_what_there_is_and_what_it_allows(name: str, capsys: pytest
     said = capsys.readouterr().out
     assert "user namespaces: user.max_user_namespaces = " in said
     assert "\nids for VMs of root's: " in said
-    assert "\nmemory that the daemon may lock: " in said
+    assert "\nmemory that VMs may lock: " in said
     if name != "systemd":
         version = subprocess.run(["qemu-system-x86_64", "-version"], capture_output=True, text=True).stdout.splitlines()[0]
         assert f": {version}\n" in said
@@ -137,8 +139,26 @@ def test_looking_says_what_there_is_and_what_it_allows(name: str, capsys: pytest
 def test_the_limit_of_locked_memory_is_the_daemons(program: Path) -> None:
     with running(program, program.name, "--", "60") as pid:
         subprocess.run(["prlimit", f"--pid={pid}", "--memlock=65536:65536"], check=True)
-        assert describe_lock_limit(pid).startswith("memory that the daemon may lock: 65536 bytes; ")
-    assert describe_lock_limit(None).startswith("memory that the daemon may lock: not known, for it does not run; ")
+        assert describe_lock_limit(pid).startswith("memory that VMs may lock: 65536 bytes; ")
+    assert describe_lock_limit(None).startswith("memory that VMs may lock: LimitMEMLOCK= of the unit; ")
+
+
+def copied_program(folder: Path, *words: str) -> str:
+    """Run a hook of a copy of this program; return what it says."""
+    shutil.copytree(CHECKOUT / "qemu_userns", folder / "qemu_userns", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run([sys.executable, "-c", PROGRAM, folder, "hook", *words], capture_output=True, text=True)
+    return done.stdout
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("mode", "owner"), [(0o777, 0), (0o755, 1234)], ids=["mode", "owner"])
+def test_a_program_that_others_than_root_may_change_is_a_fault(shared_tmp: Path, mode: int, owner: int) -> None:
+    """A root daemon would run it: one of a user's own, installed in the home directory, say."""
+    folder = shared_tmp / "home"
+    folder.mkdir()
+    folder.chmod(mode)
+    os.chown(folder, owner, owner)
+    assert f"fault: {folder}: " in copied_program(folder, "lxd")
 
 
 @pytest.mark.userns
