@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pty
 import re
 import signal
 import stat
 import struct
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 
 from integration.file_systems import file_systems
 from integration.raw9p import TGETATTR, NineError, RawShare, raw_share
-from integration.share_trees import GROUP, OWNER, make_tree, own_views, share, snapshot, to_mapped, to_passthrough, views
+from integration.share_trees import GROUP, OWNER, PROGRAM, make_tree, own_views, share, snapshot, to_mapped, to_passthrough, views
 from qemu_userns.cli.share import share as command
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.own_ids import enter_own_ids, find_own_ids
@@ -50,6 +52,23 @@ def check(*words: str | Path) -> str:
     done = share(*words)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_progress_is_for_who_looks_on(shared_tmp: Path) -> None:
+    root = shared_tmp / "share"
+    make_tree(root)
+    count = len(snapshot(root))
+    ours, theirs = pty.openpty()
+    try:
+        words = [sys.executable, "-I", "-c", PROGRAM, *map(str, to_mapped(root, "mapped-xattr"))]
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
+        said = os.read(ours, 4096).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 0
+    assert said.endswith(f"\r{count} of {count}\r\n")
+    assert done.stdout == f"{count} entries converted from passthrough to mapped-xattr\n"
 
 
 @pytest.mark.parametrize("model", MAPPED)

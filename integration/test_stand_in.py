@@ -148,7 +148,7 @@ def explain(stand_in: Helper, *words: str) -> str:
 
 @pytest.mark.parametrize("option", ["fsdev", "virtfs"])
 def test_a_socket_by_its_path(option: str, shared_tmp: Path) -> None:
-    """By --socket, for whoever starts QEMU; in the background, until QEMU ends."""
+    """By --socket, for whoever starts QEMU; in the background, until QEMU ends. The device is as it was asked for."""
     share, path = shared_tmp / "share", shared_tmp / "socket"
     share.mkdir()
     owner = ["--uid", str(os.getuid()), "--gid", str(os.getgid())]
@@ -157,8 +157,15 @@ def test_a_socket_by_its_path(option: str, shared_tmp: Path) -> None:
     (pid,) = [int(entry) for entry in os.listdir("/proc") if entry.isdecimal() and str(path).encode() in cmdline(entry)]
     tag = "mount_tag=tag" if option == "virtfs" else "id=tag"
     idle = ("-nodefaults", "-display", "none", "-S")
-    with running(dropin_words(), *idle, f"-{option}", f"proxy,{tag},socket={path},writeout=immediate", idle=False) as qemu:
+    device = ["-device", "virtio-9p-pci,id=nine,fsdev=tag,mount_tag=name,addr=5.0"] if option == "fsdev" else []
+    proxy = [f"-{option}", f"proxy,{tag},socket={path},writeout=immediate", *device]
+    with running(dropin_words(), *idle, *proxy, idle=False) as qemu:
         assert cmdline(str(pid)), "it stays as long as QEMU"
+        if device:
+            (bus,) = qemu.qmp.execute("query-pci")
+            assert [found["slot"] for found in bus["devices"] if found["qdev_id"] == "nine"] == [5]
+            get = {"path": "/machine/peripheral/nine"}
+            assert [qemu.qmp.execute("qom-get", **get, property=name) for name in ("fsdev", "mount_tag")] == ["tag", "name"]
         assert qemu.quit() == 0
     wait_until(lambda: not os.path.exists(f"/proc/{pid}") or not cmdline(str(pid)), "the helper ends")
     assert not path.exists()
