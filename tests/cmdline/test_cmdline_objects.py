@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qemu_userns.cmdline.objects import CommandLine, Object, find_readconfigs, parse
@@ -303,6 +303,7 @@ OBJECT = st.dictionaries(st.text("abc", min_size=1), st.recursive(TEXT | st.bool
 WORD = OPTION | TEXT | st.sampled_from(["drive.a.file=b", "vnc=a,b", '{"a":{"b":["c",true]},"id":"a"}', "id=a,file=x,,y,noz"])
 
 
+@settings(deadline=None)
 @given(st.lists(WORD, max_size=8))
 def test_any_argv_is_printed_as_it_was(argv: list[str]) -> None:
     line = read(*argv)
@@ -313,6 +314,7 @@ def test_any_argv_is_printed_as_it_was(argv: list[str]) -> None:
             assert 0 <= member.item <= member.start <= member.end <= len(text)
 
 
+@settings(deadline=None)
 @given(st.lists(WORD, max_size=6), st.text(st.sampled_from('ab,="\\ né'), max_size=6), st.data())
 def test_replacing_one_member_changes_nothing_else(argv: list[str], value: str, data: st.DataObject) -> None:
     line = read(*argv)
@@ -333,6 +335,7 @@ def test_replacing_one_member_changes_nothing_else(argv: list[str], value: str, 
     assert [meaning(found) for found in again.objects] == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text("ab,", max_size=3), st.booleans()), min_size=1), st.booleans(), st.booleans())
 def test_removing_any_members_leaves_the_others(items: list[tuple[str, bool]], trailing: bool, added: bool) -> None:
     text = ",".join(f"k{i}={value.replace(',', ',,')}" for i, (value, _) in enumerate(items)) + "," * trailing
@@ -343,6 +346,7 @@ def test_removing_any_members_leaves_the_others(items: list[tuple[str, bool]], t
     assert meaning(read("-drive", apply_edits(text, edits)).objects[0])[2] == kept
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.booleans(), st.sampled_from(["", " ", "\n\t"]))
 def test_removing_any_json_members_leaves_the_others(gone: list[bool], added: bool, space: str) -> None:
     items = f"{space},{space}".join(f'"k{i}"{space}:{space}"}},"' for i in range(len(gone)))
@@ -354,6 +358,7 @@ def test_removing_any_json_members_leaves_the_others(gone: list[bool], added: bo
     assert meaning(read("-device", apply_edits(text, edits)).objects[0])[2] == kept
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from('[]"= \ta#\n\r'), max_size=40))
 def test_a_configuration_file_is_kept_or_refused(text: str) -> None:
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qemu_userns.cmdline.hmp import COMMANDS, HmpLine, Word, parse_hmp
@@ -97,6 +97,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=2
 NAMES = st.text(st.sampled_from("ab/ \t\n\"'\\-,=é"), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(NAMES, NAMES)
 def test_a_word_can_be_replaced_by_any_other(value: str, other: str) -> None:
     word = Word("x", "", 0, 0, "F")
@@ -110,6 +111,7 @@ def test_a_word_can_be_replaced_by_any_other(value: str, other: str) -> None:
         assert again.words[1].value == other
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(COMMANDS)), TEXT)
 def test_any_line_is_understood_or_not(name: str, rest: str) -> None:
     line = parse_hmp(f"{name} {rest}")

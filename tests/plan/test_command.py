@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qemu_userns.catalogue.commands import HMP, find_command_needs, read_command
@@ -419,6 +419,7 @@ def test_a_plan_describes_itself_and_its_layout() -> None:
 PATHS = st.text(st.characters(codec="utf-8", exclude_characters="\0/:\ufffe\uffff"), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(PATHS)
 def test_any_name_is_replaced_in_any_place(name: str) -> None:
     path = f"/x-root/{name}/file-root"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qemu_userns.plan.build import Settings
@@ -40,6 +40,7 @@ def share_maps(draw: st.DrawFn) -> tuple[MapEntry, ...]:
     return tuple(entries)
 
 
+@settings(deadline=None)
 @given(share_maps(), st.lists(st.integers(1, 60), min_size=1, max_size=4))
 def test_two_steps_make_the_map(entries: tuple[MapEntry, ...], counts: list[int]) -> None:
     ranges = [(700_000 + 1000 * index, count) for index, count in enumerate(counts)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qemu_userns.plan.identity import SELF, Identity, MapEntry, build_map
@@ -37,6 +37,7 @@ def ids(entry: MapEntry, side: str) -> range:
     return range(start, start + entry.count)
 
 
+@settings(deadline=None)
 @given(SPANS, EXTRA)
 def test_each_id_is_mapped_once(spans: list[tuple[int, int]], extra: list[MapEntry]) -> None:
     entries = build_map(1000, ranges_of(spans), extra)
@@ -47,12 +48,14 @@ def test_each_id_is_mapped_once(spans: list[tuple[int, int]], extra: list[MapEnt
     assert all(entry.count > 0 for entry in entries)
 
 
+@settings(deadline=None)
 @given(SPANS, EXTRA)
 def test_extra_entries_are_kept_as_they_are(spans: list[tuple[int, int]], extra: list[MapEntry]) -> None:
     entries = build_map(1000, ranges_of(spans), extra)
     assert set(extra) <= set(entries)
 
 
+@settings(deadline=None)
 @given(SPANS, EXTRA)
 def test_nothing_is_mapped_that_was_not_asked_for(spans: list[tuple[int, int]], extra: list[MapEntry]) -> None:
     pairs = {(0, 1000)}
@@ -67,6 +70,7 @@ def test_nothing_is_mapped_that_was_not_asked_for(spans: list[tuple[int, int]], 
     assert found == kept | wanted
 
 
+@settings(deadline=None)
 @given(SPANS)
 def test_without_extra_entries_all_ids_count(spans: list[tuple[int, int]]) -> None:
     ranges = ranges_of(spans)
@@ -117,6 +121,7 @@ def test_may(mode: int, uid: int, gid: int, want: int, may: bool) -> None:
     assert ME.may(mode, uid, gid, want) is may
 
 
+@settings(deadline=None)
 @given(st.integers(0, 0o777), st.sampled_from([0, 1000]), st.sampled_from([0, 44, 1001]), st.sampled_from([1, 2, 4, 6]))
 def test_may_more_means_may_less(mode: int, uid: int, gid: int, want: int) -> None:
     assume(ME.may(mode, uid, gid, want))

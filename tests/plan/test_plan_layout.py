@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qemu_userns.plan.grants import Bind, Copy, Create, CreateDir, Grant, KeepFd, Link, Node, Private, Refuse
@@ -33,6 +33,7 @@ def seen_through(layout: tuple[Grant, ...], path: str) -> Grant | None:
     return max(above, key=lambda grant: len(grant.path), default=None)  # type: ignore[attr-defined]
 
 
+@settings(deadline=None)
 @given(st.lists(GRANTS, max_size=12))
 def test_parents_come_before_what_lies_in_them(grants: list[Grant]) -> None:
     paths = [grant.path for grant in build_layout(grants)]
@@ -41,6 +42,7 @@ def test_parents_come_before_what_lies_in_them(grants: list[Grant]) -> None:
         assert not any(is_below(other, path) for other in paths[:index] if other != path)
 
 
+@settings(deadline=None)
 @given(st.lists(GRANTS, max_size=12))
 def test_what_was_granted_writable_stays_writable(grants: list[Grant]) -> None:
     layout = build_layout(grants)
@@ -53,12 +55,14 @@ def test_what_was_granted_writable_stays_writable(grants: list[Grant]) -> None:
             assert not isinstance(shown, Bind) or shown.writable, (grant, shown)
 
 
+@settings(deadline=None)
 @given(st.lists(GRANTS, max_size=12))
 def test_nothing_becomes_writable_that_was_not_granted_so(grants: list[Grant]) -> None:
     writable = {grant.path for grant in grants if isinstance(grant, Bind) and grant.writable}
     assert {grant.path for grant in build_layout(grants) if isinstance(grant, Bind) and grant.writable} <= writable
 
 
+@settings(deadline=None)
 @given(st.lists(GRANTS, max_size=12))
 def test_it_is_the_same_when_done_twice(grants: list[Grant]) -> None:
     layout = build_layout(grants)
@@ -66,6 +70,7 @@ def test_it_is_the_same_when_done_twice(grants: list[Grant]) -> None:
     assert build_layout([*grants, *grants]) == layout
 
 
+@settings(deadline=None)
 @given(st.permutations([Bind("a", "/a", True), Bind("b", "/a/b"), Private("c", "/a/b/c"), Create("d", "/a/d", 0o600)]))
 def test_the_order_of_the_grants_does_not_matter(grants: list[Grant]) -> None:
     assert [grant.path for grant in build_layout(grants)] == ["/a"]
@@ -192,6 +197,7 @@ def test_of_two_at_one_path_the_later_one_is_seen() -> None:
     assert find_shown((first, second), second) is second
 
 
+@settings(deadline=None)
 @given(st.lists(GRANTS, max_size=12))
 def test_what_a_layout_holds_is_shown_unless_it_is_new_or_private(grants: list[Grant]) -> None:
     layout = build_layout(grants)
