@@ -8,12 +8,12 @@ import os
 import re
 
 from qemu_userns.hooks import applied
-from qemu_userns.hooks.apparmor import build_profile, find_restriction, is_apparmor_enabled
+from qemu_userns.hooks.apparmor import build_profile, escape_path, find_restriction, is_apparmor_enabled
 from qemu_userns.hooks.files import read_text
 from qemu_userns.hooks.host import find_package, find_processes
 from qemu_userns.hooks.install import find_qemus
 from qemu_userns.hooks.limits import describe_limits, describe_qemu
-from qemu_userns.hooks.steps import STANDARD_PATH, Fault, Setup, Step
+from qemu_userns.hooks.steps import STANDARD_PATH, Command, Fault, Setup, Step
 from qemu_userns.hooks.steps_files import MARK, Block
 from qemu_userns.hooks.steps_qemu import Entries
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 QEMU_CONF = "/etc/libvirt/qemu.conf"
 PROFILE = "/etc/apparmor.d/local/abstractions/libvirt-qemu"
+DAEMONS = ("usr.sbin.libvirtd", "usr.sbin.virtqemud")  # whose profiles let them execute what is in /usr/bin, and little else
 DEFAULT_USER = "libvirt-qemu"
 # libvirt makes a device node that is plugged in by its path in the mount namespace that QEMU then has: the view, whose /dev is
 # read-only. Without a namespace of libvirt's it names the host's.
@@ -49,8 +50,7 @@ def build_setup(options: "Options") -> Setup:
     ]
     apparmor = is_apparmor_enabled(root)
     if apparmor:
-        profile = build_profile(directory, options.python, root)
-        steps.append(Block("what the profiles of domains need besides", PROFILE, profile))
+        steps += _build_apparmor_steps(options)
     by_hand = [f"virsh edit DOMAIN    # <emulator>{directory}/qemu-system-x86_64</emulator>", "systemctl restart libvirtd"]
     if user not in ("root", "+0", "0") and f"\n{user}:" not in f"\n{read_text(f'{root}/etc/subuid') or ''}":
         words = f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"
@@ -70,6 +70,20 @@ def build_setup(options: "Options") -> Setup:
         (*_find_faults(root), *limit_faults, *([restriction] if restriction else [])),
         tuple(by_hand),
     )
+
+
+def _build_apparmor_steps(options: "Options") -> "list[Step]":
+    """Return what lets the daemon execute the entries, and what a domain's launcher needs besides."""
+    # The id maps of a user other than root are written by newuidmap, which is set-uid and no part of the domain.
+    profile = build_profile(options.directory, options.python, options.root) + "/usr/bin/new{u,g}idmap PUx,\n"
+    steps: "list[Step]" = [Block("what the profiles of domains need besides", PROFILE, profile)]
+    rule = f'"{escape_path(options.directory)}/qemu-system-*" PUx,\n'
+    for name in DAEMONS:
+        path = f"/etc/apparmor.d/{name}"
+        if os.path.exists(options.root + path):
+            steps.append(Block("the daemon asks the entries what they can do", f"/etc/apparmor.d/local/{name}", rule))
+            steps.append(Command("AppArmor reads its rules", ("apparmor_parser", "--replace", path)))
+    return steps
 
 
 def find_setting(conf: str, key: str) -> "str | None":

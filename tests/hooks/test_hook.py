@@ -155,9 +155,10 @@ QEMU_CONF = '# the master configuration file\n#namespaces = [ "mount" ]\n#user =
 @pytest.fixture
 def libvirts(system: Path) -> Path:
     """Add libvirt and AppArmor to the system, with the empty file for additions that libvirt's package makes."""
-    for name, text in {"libvirt/qemu.conf": QEMU_CONF, "apparmor.d/local/abstractions/libvirt-qemu": ""}.items():
+    texts = {"libvirt/qemu.conf": QEMU_CONF, "apparmor.d/local/abstractions/libvirt-qemu": "", "apparmor.d/usr.sbin.libvirtd": ""}
+    for name, text in texts.items():
         path = system / "etc" / name
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return system
 
@@ -178,6 +179,10 @@ def test_libvirts_files_get_our_lines_and_are_as_before_without_them(libvirts: P
     assert text.endswith("\nnamespaces = []\n")
     profile = (libvirts / "etc/apparmor.d/local/abstractions/libvirt-qemu").read_text()
     assert f'"{directory_of("libvirt")}/qemu-system-*" ix,' in profile
+    assert "/usr/bin/new{u,g}idmap PUx," in profile
+    of_daemon = (libvirts / "etc/apparmor.d/local/usr.sbin.libvirtd").read_text().splitlines()
+    assert of_daemon[-1] == f'"{directory_of("libvirt")}/qemu-system-*" PUx,'
+    assert not (libvirts / "etc/apparmor.d/local/usr.sbin.virtqemud").exists()
     assert "pivot_root,\n" in profile
     assert is_own_entry(f"{libvirts}{directory_of('libvirt')}/qemu-system-x86_64")
     assert hook([*words, "--check"]) == 0
