@@ -29,6 +29,7 @@ PLAIN = ["qemu-system-x86_64"]
 REAL = "/usr/bin/qemu-system-x86_64"
 IDLE = ["-nodefaults", "-display", "none", "-M", "none", "-S"]
 UUID = "6b3f8a52-0c1e-4c55-9d2b-4f6f0e8f5a11"
+LISTENING = "00010000"  # __SO_ACCEPTCON in /proc/net/unix: proc(5)
 DEADLINE_S = 30 * PATIENCE
 
 
@@ -207,6 +208,12 @@ def fds_of(pid: int) -> dict[int, str]:
         with contextlib.suppress(FileNotFoundError):
             found[int(link.name)] = os.readlink(link)
     return found
+
+
+def is_listening(path: Path) -> bool:
+    """Say whether somebody listens at a path: a program binds its socket before it does."""
+    lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()
+    return any(line.split()[3] == LISTENING and line.endswith(f" {path}") for line in lines[1:])
 
 
 def supervisor_of(pid: int) -> int:

@@ -163,21 +163,20 @@ def test_both_are_the_same_directory_with_the_same_owners(vm: tuple[SharedVm, st
 
 
 def test_what_a_guest_sees_when_a_virtiofsd_dies(vm: tuple[SharedVm, str]) -> None:
-    """Who touches its mount hangs, and cannot be killed; the other shares, and the same directory by 9p, go on.
+    """Who touches its mount hangs; the other shares, and the same directory by 9p, go on.
 
     The last test of this VM: such a guest cannot power off by itself.
     """
     found, driver = vm
-    guest, root = found.guest, str(found.folder / "ro")
-    daemons = [daemon for daemon in find_daemons(guest.pid) if find_shared(daemon) == root]
+    guest, shared = found.guest, found.folder / "ro"
+    daemons = [daemon for daemon in find_daemons(guest.pid) if os.path.samefile(f"/proc/{daemon}/root", shared)]
     assert len(daemons) == (driver != "9p")
     for daemon in daemons:
         os.kill(daemon, signal.SIGKILL)
         wait_until(functools.partial(lambda pid: not is_alive(pid), daemon), "virtiofsd's end")
         try:
             answer = guest.check(f"""cat /ro/user >/tmp/answer 2>&1 & pid=$!
-                {wait_for("grep -q request_wait_answer /proc/$pid/wchan")}; kill -9 $pid
-                {wait_for("grep -q '^State:.D' /proc/$pid/status")}; cat /tmp/answer; cat /proc/$pid/comm
+                {wait_for("grep -q request_wait_answer /proc/$pid/wchan")}; cat /tmp/answer; cat /proc/$pid/comm
                 cd /mapped; echo on >goes; cat goes""")
             assert answer == "cat\non\n"
             if driver == "both":  # not from /, where mount would look at the tag as a path, and hang
@@ -203,12 +202,6 @@ def find_daemons(pid: int) -> list[int]:
             with contextlib.suppress(PermissionError, FileNotFoundError, ProcessLookupError):
                 found += [other] if os.readlink(f"/proc/{other}/ns/user") == namespace else []
     return found
-
-
-def find_shared(daemon: int) -> str:
-    """Return what a virtiofsd shares: its root is the root of its only mount."""
-    (line,) = Path(f"/proc/{daemon}/mountinfo").read_text().splitlines()
-    return line.split()[3]
 
 
 def test_a_virtiofsd_is_confined_and_ends_with_qemu(launch: Launch, shared_tmp: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from integration.plugged import Vm, plugged
 from integration.shares import Launch, dropin_words
-from integration.talk import DEADLINE_S, PLAIN, outcome, unmount, wait_until
+from integration.talk import DEADLINE_S, PLAIN, is_listening, outcome, unmount, wait_until
 from integration.vm import running_guest
 from qemu_userns.plan.refusals import NO_NODE
 
@@ -278,7 +278,7 @@ def test_a_tpm_of_swtpm(launch: Launch, shared_tmp: Path) -> None:
     words = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--ctrl", f"type=unixio,path={path}", "--terminate"]
     with subprocess.Popen(words) as swtpm:
         try:
-            wait_until(path.exists, "swtpm's socket")
+            wait_until(lambda: is_listening(path), "swtpm's socket")
             options = ["-chardev", f"socket,id=t,path={path}", "-tpmdev", "emulator,id=tpm,chardev=t"]
             with plugged(shared_tmp / "vm", launch, *options, "-device", "tpm-tis,tpmdev=tpm", machine=PC) as vm:
                 (found,) = vm.qmp.execute("query-tpm")

@@ -20,7 +20,7 @@ import pytest
 
 from integration.plugged import Vm
 from integration.shares import Launch, launches
-from integration.talk import DEADLINE_S, PLAIN, running, wait_until
+from integration.talk import DEADLINE_S, PLAIN, is_listening, running, wait_until
 
 if TYPE_CHECKING:
     from integration.plugged import Compare
@@ -153,7 +153,7 @@ def test_an_nbd_server(compare: Compare) -> None:
         path.parent.mkdir()
         server = subprocess.Popen(["qemu-nbd", "-t", "-f", "raw", "-x", "export", "-k", str(path), str(image), "-e", "2"])
         try:
-            wait_until(path.exists, "qemu-nbd")
+            wait_until(lambda: is_listening(path), "qemu-nbd")
             path.chmod(0o666)
             node = {"node_name": "n", "driver": "nbd", "export": "export", "server": {"type": "unix", "path": str(path)}}
             seen: list[Any] = [vm.qmp.ask("blockdev-add", **node), write(vm, "n"), nodes(vm)]
