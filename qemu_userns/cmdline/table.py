@@ -126,7 +126,11 @@ def parse_help(text: str) -> "dict[str, bool]":
         while rest.startswith("or -"):
             also, _, rest = rest.removeprefix("or ").partition(" ")
             spelled += f"/{also}"
-        has_value = _has_value(line, rest)
+        description = rest.strip()
+        if description.startswith("as -"):  # QEMU 11: `-M              as -machine`
+            has_value = learned.get(description.removeprefix("as -"), False)
+        else:
+            has_value = _has_value(line, rest)
         for word in spelled.split("/"):
             name = word[2:] if word.startswith("--") else word[1:]
             if name:

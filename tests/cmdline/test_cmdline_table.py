@@ -42,6 +42,7 @@ def test_parse_help() -> None:
 -h or -help     display this help and exit
 -machine [type=]name[,prop[=value][,...]]
                 selects emulated machine ('-machine help' for list)
+-M              as -machine
 -fda/-fdb file  use 'file' as floppy disk 0/1 image
 -dtb    file    use 'file' as device tree image
 --preconfig     pause QEMU before machine is initialized (experimental)
@@ -58,7 +59,7 @@ def test_parse_help() -> None:
 -runas user     change to user id user just before starting the VM
 """
     flags = ["h", "help", "preconfig", "S", "s", "xen-domid-restrict", "async-teardown", "no-user-config"]
-    values = ["machine", "fda", "fdb", "dtb", "dfilter", "seed", "chardev", "runas"]
+    values = ["machine", "M", "fda", "fdb", "dtb", "dfilter", "seed", "chardev", "runas"]
     assert parse_help(text) == {**dict.fromkeys(flags, False), **dict.fromkeys(values, True)}
 
 
