@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-TEST_HOST = "QEMU_USERNS_TEST_HOST"  # integration/host/run_tests sets it
+TEST_HOST = "QEMU_USERNS_TEST_HOST"  # integration/host/init sets it
 IN_TEST_HOST = bool(os.environ.get(TEST_HOST))
 
 PATIENCE = 4 if IN_TEST_HOST else 1
