@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from integration.shares import Launch, dropin_words
-from integration.talk import DEADLINE_S, IDLE, as_user, connected, outcome, running, started, wait_until
+from integration.talk import DEADLINE_S, IDLE, PLAIN, as_user, connected, outcome, running, started, wait_until
 from integration.vhost_user import BackEnd
 from integration.vm import running_guest
 from tests.conftest import unprivileged_user_name
@@ -321,6 +321,24 @@ def test_a_drive_of_the_network(launch: Launch) -> None:
         said = qemu.process.stdout.read().decode()
     assert "read 512/512 bytes at offset 0" in said
     assert said.index("Pattern verification failed") > said.index("read 512/512 bytes at offset 0")
+
+
+@pytest.mark.network_drives
+def test_a_drive_by_ssh_takes_the_callers_home(dropin: list[str], compare: Compare) -> None:
+    """QEMU's library would look in root's home: QEMU is root inside."""
+    drive = ["-drive", "if=none,file=ssh://nobody@127.0.0.1:1/disk"]
+    status, stdout, stderr = outcome(dropin, *IDLE, *drive)
+    assert (status, stdout) == (1, "")
+    assert stderr.startswith("qemu-userns: -drive file: it takes known_hosts and keys from the caller's home, which QEMU does")
+    assert "\nhint: run `nbdkit ssh` outside and give its socket (nbd:unix:PATH)" in stderr
+    assert outcome([*dropin, "-userns", "fs=host"], *IDLE, *drive)[2] == outcome(PLAIN, *IDLE, *drive)[2] != ""
+
+    def dialogue(vm: Vm) -> list[Any]:
+        server = {"host": "127.0.0.1", "port": "1"}
+        answer = vm.qmp.ask("blockdev-add", driver="ssh", node_name="n", path="/disk", server=server)
+        return ["error" in answer, vm.qmp.execute("query-named-block-nodes")]
+
+    compare(dialogue)
 
 
 @pytest.mark.parametrize(

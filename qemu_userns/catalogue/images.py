@@ -18,7 +18,13 @@ _FAT_FLAGS = ("floppy", "rw", "12", "16", "32")
 
 
 # Members of a json:{...} name, at any depth.
-_JSON_WAYS = (("filename", ways.IMAGE), ("conf", ways.READ), ("config", ways.READ), ("server.path", ways.SOCKET))
+_JSON_WAYS = (
+    ("filename", ways.IMAGE),
+    ("conf", ways.READ),
+    ("config", ways.READ),
+    ("server.path", ways.SOCKET),
+    ("driver", ways.HOST_TREE),
+)
 
 
 class NamedPath(Record):
@@ -67,7 +73,7 @@ def find_layer(obj: Object, key: str, objects: "Iterable[Object]") -> "Layer | N
 
 
 def find_paths(name: str) -> "tuple[NamedPath, ...]":
-    """Return the host paths that a block layer name leads to; none for network protocols and names of fdsets."""
+    """Return the host paths that a block layer name leads to; none for names of fdsets, and of network protocols but ssh."""
     if name.startswith("json:"):
         return _find_json_paths(name)
     protocol, colon, rest = name.partition(":")
@@ -89,6 +95,8 @@ def find_paths(name: str) -> "tuple[NamedPath, ...]":
         found = _path(first, way, start) if first else ()
         start += len(first) + 1
         return (*found, *(part.replace(start=part.start + start, end=part.end + start) for part in find_paths(image)))
+    if protocol == "ssh":
+        return (NamedPath(name, ways.HOST_TREE, 0, len(name)),)
     return _find_config(name) if protocol == "rbd" else _find_socket(name, protocol)
 
 
@@ -149,4 +157,5 @@ def _find_json_paths(name: str) -> "tuple[NamedPath, ...]":
         for member in members
         for end, way in _JSON_WAYS
         if f".{member.key}".endswith(f".{end}") and not member.value.startswith("/dev/fdset/")
+        if way != ways.HOST_TREE or member.value == "ssh"
     )

@@ -3,7 +3,7 @@
 from qemu_userns.catalogue import ways
 from qemu_userns.catalogue.buses import find_pci_directory, find_usb_node
 from qemu_userns.catalogue.images import NamedPath, find_paths
-from qemu_userns.catalogue.rows import ANY_ENTRY, ROWS, Row
+from qemu_userns.catalogue.rows import ANY_ENTRY, ROWS, SSH, Row
 from qemu_userns.cmdline.chardev import LegacyChardev, parse_legacy
 from qemu_userns.cmdline.objects import Object, as_switch
 from qemu_userns.record import Record
@@ -143,10 +143,13 @@ def _expand(need: Need) -> "Iterator[Need]":
             yield need  # a protocol node's own name, in which a colon means nothing
         case ways.IMAGE:
             for part in find_paths(need.path):
-                yield need.replace(way=part.way, path=part.path, part=part)
+                row = SSH if part.way == ways.HOST_TREE else need.row
+                yield need.replace(way=part.way, path=part.path, part=part, row=row)
         case ways.NEW_IMAGE:
             for part in find_paths(need.path):
-                yield need.replace(way=ways.WRITE if part.way == ways.IMAGE else part.way, path=part.path, part=part)
+                row = SSH if part.way == ways.HOST_TREE else need.row
+                way = ways.WRITE if part.way == ways.IMAGE else part.way
+                yield need.replace(way=way, path=part.path, part=part, row=row)
         case ways.DIRECTORY if need.obj.kind == "L":
             if need.path != "help":
                 yield from (need, *(need.replace(path=f"{need.path}/{name}") for name in _DATA_FOLDERS))

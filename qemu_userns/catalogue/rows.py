@@ -111,8 +111,12 @@ _NO_NETDEVS = (
 )
 _NO_DESKTOP = "it needs the caller's desktop (X or Wayland, D-Bus, /dev/dri), which QEMU does not see"
 _DESKTOP_HINT = "use -vnc or -spice on a unix socket with a viewer outside, or -userns fs=host"
+_NO_HOME = "it takes known_hosts and keys from the caller's home, which QEMU does not see, and would then have"
+_SSH_HINT = "run `nbdkit ssh` outside and give its socket (nbd:unix:PATH), or use -userns fs=host, an agent and host_key_check="
 _NO_BUS = "a bus takes the caller only under its own uid, and inside QEMU is root"
 _BUS_HINT = "use -display dbus,p2p=on, and hand a socket in by getfd and add_client"
+
+SSH = Row("drive", "**.driver", ways.HOST_TREE, (("driver", ("ssh",)),), _NO_HOME, _SSH_HINT)
 
 ROWS: "tuple[Row, ...]" = (
     # Kernels, firmware and tables
@@ -143,6 +147,8 @@ ROWS: "tuple[Row, ...]" = (
     Row("readconfig", "value", ways.CONFIG),
     # Block devices
     *_with_values("disk hda hdb hdc hdd cdrom fda fdb mtdblock sd pflash", ways.IMAGE),
+    SSH,
+    SSH.replace(kind="blockdev"),
     Row("drive", "file", ways.IMAGE),
     Row("drive", "**.filename", ways.IMAGE),
     Row("blockdev", "**.filename", ways.IMAGE),
@@ -219,7 +225,7 @@ ROWS: "tuple[Row, ...]" = (
     Row("spice", "rendernode", ways.RENDER),
     Row("spice", "gl", ways.RENDER, (("gl", ("on",)), ("rendernode", ("",))), node=RENDER_NODES),
     Row("device", "blob", ways.DEVICE, (("driver", _GPUS), ("blob", ("on",))), node="/dev/udmabuf"),
-    Row("display", "type", ways.WINDOW, (("type", ("gtk", "sdl", "spice-app")),), _NO_DESKTOP, _DESKTOP_HINT),
+    Row("display", "type", ways.HOST_TREE, (("type", ("gtk", "sdl", "spice-app")),), _NO_DESKTOP, _DESKTOP_HINT),
     Row("display", "type", ways.REFUSE, (("type", ("dbus",)), ("p2p", ("", "off"))), _NO_BUS, _BUS_HINT),
     # Shares
     Row("fsdev", "path", ways.SHARE, (("fsdriver", ("local",)),)),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qemu_userns.plan.identity import Identity
 
 _XATTR = "user.virtfs.qemu-userns"
-_NOT_PATHS = (ways.FD, ways.NAME, ways.RUN, ways.CONSUME, ways.REFUSE, ways.KVM, ways.STAND_IN, ways.LOCK, ways.WINDOW)
+_NOT_PATHS = (ways.FD, ways.NAME, ways.RUN, ways.CONSUME, ways.REFUSE, ways.KVM, ways.STAND_IN, ways.LOCK, ways.HOST_TREE)
 _LOCKING = (ways.LOCK, ways.VFIO)
 
 

@@ -250,10 +250,10 @@ def _display(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         _made(draft, need, commandline)
 
 
-def _window(draft: "Draft", need: "Need", _: "CommandLine") -> None:
-    """Refuse a display that the view has nothing for; with the host's whole tree it is QEMU's own affair."""
+def _host_tree(draft: "Draft", need: "Need", _: "CommandLine") -> None:
+    """Refuse what the view has too little for; with the host's whole tree it is QEMU's own affair."""
     if draft.host_tree == NO_HOST:
-        draft.refuse(f"-display {need.path}", need.row.reason, need.row.hint)
+        draft.refuse(need.describe(), need.row.reason, need.row.hint)
 
 
 def _pipe(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
@@ -318,7 +318,7 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.SHARE: shares.show_share,
     ways.STAND_IN: shares.serve_stand_in,
     ways.DISPLAY: _display,
-    ways.WINDOW: _window,
+    ways.HOST_TREE: _host_tree,
     ways.SOCKET: _socket,
     ways.LISTEN: _listen,
     ways.PIPE: _pipe,
@@ -340,5 +340,5 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.CONSUME: _consume,
     ways.REFUSE: _refuse,
 }
-_NOT_FILES = {ways.FD, ways.NAME, ways.RUN, ways.KVM, ways.LOCK, ways.WINDOW}
+_NOT_FILES = {ways.FD, ways.NAME, ways.RUN, ways.KVM, ways.LOCK, ways.HOST_TREE}
 _PATH_WAYS = frozenset(_HANDOVERS) - _NOT_FILES - {ways.CONSUME, ways.REFUSE, ways.CONFIG, ways.STAND_IN}

@@ -17,6 +17,7 @@ NEW = "create /x/new"
 NO_SYS = "refuse: QEMU would look for the USB device in /sys, which its view does not show"
 OWN_MONITOR = "monitor serves it on sockets of ours alone"
 NO_DESKTOP = "refuse: it needs the caller's desktop (X or Wayland, D-Bus, /dev/dri), which QEMU does not see"
+NO_HOME = "refuse: it takes known_hosts and keys from the caller's home, which QEMU does not see, and would then have"
 VNC = "vnc /x/new by qemu-userns"
 VFIO = ("device /dev/vfio/vfio", "device /dev/vfio/01")
 
@@ -224,7 +225,7 @@ CASES = [
     case("-display vnc=unix:/x/new", ways.DISPLAY, "/x/new", OWN_MONITOR, VNC),
     case("-vnc unix:/x/new -preconfig", ways.DISPLAY, "/x/new", "rw /x"),
     two("-vnc unix:/x/new -vnc unix:/y/new", ways.DISPLAY, ("/x/new", "/y/new"), OWN_MONITOR, VNC, "rw /y"),
-    *[case(f"-display {kind}", ways.WINDOW, kind, NO_DESKTOP) for kind in ("gtk", "sdl", "spice-app")],
+    *[case(f"-display {kind}", ways.HOST_TREE, kind, NO_DESKTOP) for kind in ("gtk", "sdl", "spice-app")],
     case("-display dbus", ways.REFUSE, "dbus", "refuse: a bus takes the caller only under its own uid, and inside QEMU is root"),
     Case(("-display", "dbus,p2p=on"), (), ()),
     Case(("-vnc", ":1"), (), ()),
@@ -374,7 +375,15 @@ NESTED = [
     case(r"-hda rbd:pool/im\:age@snap\\:conf=/x/file-a\:b:key=y", ways.READ, "/x/file-a:b", "ro /x/file-a:b"),
     Case(("-hda", r"rbd:pool/image\:conf=/x/file"), (), ()),
     Case(("-hda", "http://host/x/file"), (), ()),
-    Case(("-hda", "ssh://user@host/x/file"), (), ()),
+    *[
+        case(f"-{words}", ways.HOST_TREE, value, NO_HOME)
+        for words, value in (
+            ("hda ssh://user@host/x/file", "ssh://user@host/x/file"),
+            ("drive if=none,file.driver=ssh,file.host=h,file.path=/x/file", "ssh"),
+            ("blockdev ssh,node-name=a,server.host=h,server.port=22,path=/x/file", "ssh"),
+            ('drive file=json:{"driver":"raw",,"file":{"driver":"ssh",,"path":"/x/file"}}', "ssh"),
+        )
+    ],
     Case(("-hda", "iscsi://host/iqn.x:y/0"), (), ()),
     case('-hda json:{"driver":"rbd","pool":"p","image":"i","conf":"/x/file"}', ways.READ, "/x/file", RO),
     case(
