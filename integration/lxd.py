@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from integration import lxd_conf
 from integration.libvirt import DomainGuest
 from integration.lxd_client import LIMIT_S, LxdClient, connected_as_lxd
-from integration.stand_in import LXD_MAP, Helper, helper
+from integration.stand_in import LXD_MAP, Helper, entering, helper
 from integration.talk import UUID, connected, is_alive, status_of, wait_until
 from integration.vm import KERNEL_ARGUMENTS, guest_files
 
@@ -91,7 +91,7 @@ class Instance:
             name: the instance's.
             uuid: its volatile.uuid.
             disks: directories to share over 9p.
-            virtiofs: have the config drive as virtio-fs too, and for a version without 9p disks these so.
+            virtiofs: have the config drive and the disks as virtio-fs too, or only so where a version has no 9p disks.
             memlock: raise the limit on locked memory, as LXD does outside containers.
             stateful: wait for a saved state; QEMU is to stay root then.
             run_with: name the user by -run-with, as LXD 6.5, 5.21.4 and later do from QEMU 9.1 on.
@@ -214,8 +214,9 @@ class Instance:
                 stand_in = self._running.enter_context(helper(place, disk.id_map))
                 self.helpers.append(stand_in)
                 yield from lxd_conf.proxy_share(disk.name, self._add_fd(os.dup(stand_in.fd)), port, readonly=disk.readonly)
-            else:
-                yield from lxd_conf.virtiofs(f"lxd_{disk.name}", f"lxd_{disk.name}", self._serve(place), port)
+            if self._virtiofs:
+                tag, address = f"lxd_{disk.name}", self._serve(place, disk.id_map)
+                yield from lxd_conf.virtiofs(tag, tag, address, port + len(self.disks))
 
     def _make_config_drive(self) -> None:
         """Make what the agent in the guest reads (3.1)."""
@@ -244,15 +245,18 @@ class Instance:
         subprocess.run(["mount", "--bind", *(["-o", "ro"] if readonly else []), source, place], check=True)
         return place
 
-    def _serve(self, source: Path) -> str:
-        """Start virtiofsd on a socket; return the address that QEMU gets."""
+    def _serve(self, source: Path, id_map: Sequence[MapEntry] = ()) -> str:
+        """Start virtiofsd on a socket, in a user namespace if it has a map; return the address that QEMU gets."""
         path = self.logs / f"virtio-fs.{source.name}.sock"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen(1)
             command = [VIRTIOFSD, f"--fd={listener.fileno()}", "-o", f"source={source}"]
             quiet = subprocess.DEVNULL
-            daemon = subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=quiet, stdout=quiet, stderr=quiet)
+            with entering(id_map) as enter:
+                daemon = subprocess.Popen(
+                    command, pass_fds=[listener.fileno()], stdin=quiet, stdout=quiet, stderr=quiet, preexec_fn=enter
+                )
         self._running.callback(path.unlink)
         self._running.callback(daemon.wait)
         self._running.callback(daemon.kill)

@@ -220,14 +220,14 @@ def remove_fd(client: LxdClient, opaque: str) -> None:
     assert opaque not in str(client.ask("query-fdsets"))
 
 
-def migrate_to_pipe(client: LxdClient) -> None:
-    """Save the VM's state as a stateful stop does."""
+def migrate_to_pipe(client: LxdClient) -> bytes:
+    """Save the VM's state as a stateful stop does, and return it."""
     read, write = os.pipe()
-    received: list[int] = []
+    received: list[bytes] = []
 
     def drain() -> None:
         while data := os.read(read, 1 << 20):
-            received.append(len(data))
+            received.append(data)
 
     reader = threading.Thread(target=drain)
     reader.start()
@@ -237,10 +237,24 @@ def migrate_to_pipe(client: LxdClient) -> None:
         finally:
             os.close(write)
         assert client.ask("migrate", uri="fd:migration") == {}
-        wait_until(lambda: client.poll("query-migrate")["status"] in ("completed", "failed"), "the end of the migration", LIMIT_S)
-        assert client.poll("query-migrate")["status"] == "completed"
+        wait_for_migration(client)
     finally:
         reader.join(LIMIT_S)
         os.close(read)
-    assert sum(received) > 1000
+    state = b"".join(received)
+    assert len(state) > 1000
+    return state
+
+
+def migrate_from(client: LxdClient, state: int) -> None:
+    """Load a VM's state from a file as a stateful start does; borrows the fd."""
+    client.ask("getfd", state, fdname="migration")
+    assert client.ask("migrate-incoming", uri="fd:migration") == {}
+    wait_for_migration(client)
+
+
+def wait_for_migration(client: LxdClient) -> None:
+    """Ask until a migration has ended, which must succeed."""
+    wait_until(lambda: client.poll("query-migrate").get("status") in ("completed", "failed"), "the end of the migration", LIMIT_S)
+    assert client.poll("query-migrate")["status"] == "completed"
     client.ask("query-status")

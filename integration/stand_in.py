@@ -16,7 +16,7 @@ from tests.conftest import dropin_folder
 from tests.machine import PATIENCE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 LXD_MAP = (MapEntry(0, 65534, 1), MapEntry(1000, 1000, 1))
 """What LXD makes of `raw.idmap = both 1000 1000`."""
@@ -46,6 +46,20 @@ def helper(path: Path, id_map: Sequence[MapEntry] = (), program: str = "") -> It
     ours, theirs = connected_pair()
     program = program or str(dropin_folder() / "virtfs-proxy-helper")
     words = [program, "--nodaemon", "--fd", str(theirs.fileno()), "--path", str(path)]
+    with ours:
+        with entering(id_map) as enter:
+            command = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, pass_fds=(theirs.fileno(),), preexec_fn=enter)
+        theirs.close()
+        try:
+            yield Helper(command, ours)
+        finally:
+            command.kill()
+            command.communicate()
+
+
+@contextlib.contextmanager
+def entering(id_map: Sequence[MapEntry]) -> Iterator[Callable[[], None]]:
+    """Have what a process calls before it executes a program, to be root in a user namespace with a map, if there is one."""
     namespace = open_namespace(id_map) if id_map else None
 
     def enter() -> None:
@@ -54,16 +68,11 @@ def helper(path: Path, id_map: Sequence[MapEntry] = (), program: str = "") -> It
             os.setgid(0)
             os.setuid(0)
 
-    with ours:
-        command = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, pass_fds=(theirs.fileno(),), preexec_fn=enter)
-        theirs.close()
+    try:
+        yield enter
+    finally:
         if namespace is not None:
             os.close(namespace)
-        try:
-            yield Helper(command, ours)
-        finally:
-            command.kill()
-            command.communicate()
 
 
 def connected_pair() -> tuple[socket.socket, socket.socket]:

@@ -16,6 +16,8 @@ from integration.talk import fds_of, outcome, wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from integration.plugged import Vm
+
 pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin, pytest.mark.host]
 
 PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "32", "-S"]
@@ -173,3 +175,99 @@ def test_a_scsi_device_is_passed_through(launch: Launch, shared_tmp: Path, scsi_
     options[-3:] = [f"file={block},format=raw,if=none,id=g", "-device", "scsi-block,drive=g,bus=scsi.0"]
     with plugged(shared_tmp / "block", launch, *options, machine=PC) as vm:
         assert "scsi-block" in vm.qmp.hmp("info qtree")
+
+
+# --- what the host has of its own, root's alone ---------------------------------------------------------------------------
+
+
+def holds(vm: Vm, node: str) -> bool:
+    """Tell whether QEMU has a device node open."""
+    return node in fds_of(vm.process.pid).values()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("named", ["hostdevice={node}", "hostbus={bus},hostaddr={address}"])
+def test_a_usb_device_is_given_to_a_guest_and_plugged_in(launch: Launch, shared_tmp: Path, named: str) -> None:
+    """The one that the test host has; QEMU asks it for its name."""
+    found = next(path.parent for path in Path("/sys/bus/usb/devices").glob("*/product") if "Tablet" in path.read_text())
+    bus, address = (int((found / name).read_text()) for name in ("busnum", "devnum"))
+    members = named.format(bus=bus, address=address, node=f"/dev/bus/usb/{bus:03}/{address:03}")
+    xhci = ["-device", "qemu-xhci,id=xhci"]
+    with plugged(shared_tmp / "first", launch, *xhci, "-device", f"usb-host,{members},id=u", machine=PC) as vm:
+        wait_until(lambda: "Product QEMU USB Tablet, ID: u" in vm.qmp.hmp("info usb"), "the device")
+    with plugged(shared_tmp / "second", launch, *xhci, machine=PC) as vm:
+        pairs = (member.split("=") for member in members.split(","))
+        device: dict[str, object] = {name: int(value) if value.isdecimal() else value for name, value in pairs}
+        vm.qmp.execute("device_add", driver="usb-host", id="u", **device)
+        wait_until(lambda: "Product QEMU USB Tablet, ID: u" in vm.qmp.hmp("info usb"), "the device")
+
+
+@pytest.mark.root
+def test_an_input_device_and_a_parallel_port(launch: Launch, shared_tmp: Path) -> None:
+    """QEMU asks each by ioctls what it is: a keyboard's first event device, and the port's mode."""
+    event, port = "/dev/input/event0", "/dev/parport0"
+    options = ["-object", f"input-linux,id=i,evdev={event}", "-parallel", port]
+    with plugged(shared_tmp / "first", launch, *options, machine=PC) as vm:
+        assert holds(vm, event)
+        assert holds(vm, port)
+    with plugged(shared_tmp / "second", launch, machine=PC) as vm, vm.balanced():
+        vm.qmp.execute("object-add", qom_type="input-linux", id="i", evdev=event)
+        vm.qmp.execute("chardev-add", id="p", backend={"type": "parallel", "data": {"device": port}})
+        assert holds(vm, event)
+        assert holds(vm, port)
+        vm.qmp.execute("object-del", id="i")
+        vm.qmp.execute("chardev-remove", id="p")
+
+
+@pytest.mark.root
+def test_a_cd_of_the_hosts(launch: Launch, shared_tmp: Path) -> None:
+    """By its own driver, which asks the drive for the size."""
+    options = ["-blockdev", "host_cdrom,node-name=d,filename=/dev/sr0,read-only=on", "-device", "ide-cd,drive=d,id=cd"]
+    with plugged(shared_tmp / "vm", launch, *options, machine=PC) as vm:
+        (drive,) = vm.qmp.execute("query-block")
+        image = drive["inserted"]["image"]
+        size_bytes = int(Path("/sys/block/sr0/size").read_text()) * 512
+        assert (drive["inserted"]["drv"], image["filename"], image["virtual-size"]) == ("host_cdrom", "/dev/sr0", size_bytes)
+
+
+@pytest.fixture
+def tpm(shared_tmp: Path) -> Iterator[str]:
+    """Have a TPM, whose node is root's alone."""
+    state = shared_tmp / "tpm"
+    state.mkdir()
+    before = set(Path("/dev").glob("tpm[0-9]*"))
+    words = ["swtpm", "chardev", "--tpm2", "--vtpm-proxy", "--tpmstate", f"dir={state}"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as swtpm:
+        try:
+            wait_until(lambda: set(Path("/dev").glob("tpm[0-9]*")) - before, "the TPM's node")
+            (node,) = set(Path("/dev").glob("tpm[0-9]*")) - before
+            yield str(node)
+        finally:
+            swtpm.terminate()
+
+
+@pytest.mark.root
+def test_a_tpm_of_the_hosts(launch: Launch, shared_tmp: Path, tpm: str) -> None:
+    """QEMU asks it for its version, which is an answer of the TPM's own. It has no file that would cancel a command."""
+    options = ["-tpmdev", f"passthrough,id=t,path={tpm},cancel-path=/dev/null", "-device", "tpm-tis,tpmdev=t"]
+    with plugged(shared_tmp / "vm", launch, *options, machine=PC) as vm:
+        (found,) = vm.qmp.execute("query-tpm")
+        assert (found["options"]["type"], found["options"]["data"]["path"]) == ("passthrough", tpm)
+        assert holds(vm, tpm)
+
+
+@pytest.mark.root
+def test_memory_of_a_graphics_card(launch: Launch, shared_tmp: Path) -> None:
+    """Blobs take /dev/udmabuf, which Debian 13's kernel has, and Debian 12's has not."""
+    memory = ["-object", "memory-backend-memfd,id=m,size=32M", "-M", "pc,memory-backend=m"]
+    words = [*memory, "-device", "virtio-gpu-pci,blob=on"]
+    if Path("/dev/udmabuf").exists():
+        with plugged(shared_tmp / "vm", launch, *words, machine=PC) as vm:
+            assert holds(vm, "/dev/udmabuf")
+    else:
+        status, _, stderr = outcome([*dropin_words(), *launch.options], *PC, *words)
+        assert (status, stderr) == (
+            1,
+            "qemu-userns: -device blob /dev/udmabuf: there is no such device node\n"
+            "hint: load the kernel's module udmabuf: modprobe udmabuf\n",
+        )

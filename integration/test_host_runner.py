@@ -34,7 +34,7 @@ from pathlib import Path
 from integration.host import run_host
 files = run_host.HostFiles(*map(Path, sys.argv[1:]))
 run_host.build_host = lambda suite: files
-run_host.pack_project = lambda archive: archive.write_bytes(bytes(512))
+run_host.pack_project = lambda archive, command: archive.write_bytes(bytes(512))
 sys.exit(run_host.main(["bookworm", "--", "true"]))
 """
 
@@ -64,7 +64,6 @@ def test_a_host_that_hangs_shows_its_consoles_end(host: HostFiles, shared_tmp: P
     for number, limit_s in enumerate(LIMITS_S):  # a busy machine may not get as far as to the words in a short time
         home = shared_tmp / f"home{number}"
         home.mkdir()
-        (home / "command").write_text("true")
         (home / "project.tar").write_bytes(bytes(512))
         with pytest.raises(HostTimeoutError, match=f"no end after {limit_s} s") as caught:
             run_machine(host, home, limit_s)

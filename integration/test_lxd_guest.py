@@ -79,7 +79,7 @@ def share(shared_tmp: Path) -> Path:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_vm_from_its_start_to_its_end(dropin: list[str], shared_tmp: Path, share: Path, shape: Shape) -> None:
-    disks = [Disk("data", share), Disk("ro", share, readonly=True)] if shape.proxy else []
+    disks = [Disk("data", share), Disk("ro", share, readonly=True)]
     virtiofs = os.path.exists(VIRTIOFSD)
     with Instance(shape, dropin, shared_tmp, disks=disks, virtiofs=virtiofs, run_with=shape.numbered) as vm:
         pid = vm.start(*vm.guest_words())
@@ -93,8 +93,10 @@ def test_a_vm_from_its_start_to_its_end(dropin: list[str], shared_tmp: Path, sha
                 check_config_drive(guest, vm, "9p", MOUNT_OPTIONS + ",access=0")
                 if virtiofs:
                     check_config_drive(guest, vm, "virtiofs", "ro")
-                if disks:
+                if shape.proxy:
                     check_shares(guest, share)
+                if virtiofs:
+                    check_virtiofs_shares(guest, share)
                 check_console(guest, vm)
                 assert vm.status() == "RUNNING"
                 reason = ENDS[shape.version](client, guest, vm)
@@ -184,3 +186,13 @@ def check_shares(guest: DomainGuest, share: Path) -> None:
     found = {entry.name: (entry.lstat().st_uid, entry.lstat().st_gid) for entry in share.iterdir()}
     nobody = (OVERFLOW, OVERFLOW)
     assert found == {"user": (1000, 1000), "hosts": (0, 0), "nobodys": nobody, "shell": nobody, "users": (1000, 1000)}
+
+
+def check_virtiofs_shares(guest: DomainGuest, share: Path) -> None:
+    """The same tags over virtiofs, which LXD's agent takes first: the owners of virtiofsd's own namespace, which is the map's."""
+    answer = guest.check("""cd /; mkdir vdata vro; mount -t virtiofs lxd_data /vdata; mount -t virtiofs lxd_ro /vro
+        stat -c '%n %u %g' /vdata/user /vdata/hosts /vdata/nobodys; cp /bin/busybox /vdata/other; chmod 6755 /vdata/other
+        stat -c '%u %g %a' /vdata/other; touch /vro/new; stat -c '%u' /vro/user""")
+    assert answer.startswith(f"/vdata/user 1000 1000\n/vdata/hosts {OVERFLOW} {OVERFLOW}\n/vdata/nobodys 0 0\n0 0 6755\n")
+    assert answer.endswith("touch: /vro/new: Read-only file system\n1000\n")
+    assert ((share / "other").stat().st_uid, (share / "other").stat().st_gid) == (OVERFLOW, OVERFLOW)

@@ -31,14 +31,14 @@ DEFAULT_MIRROR = "http://deb.debian.org/debian/"
 
 PACKAGES = [
     *("python3", "qemu-system-x86", "qemu-utils", "uidmap", "kmod", "busybox-static"),
-    *("iproute2", "iputils-ping", "procps", "mount", "e2fsprogs", "passwd", "util-linux", "acl", "attr", "strace"),
+    *("iproute2", "iputils-ping", "procps", "mount", "e2fsprogs", "passwd", "util-linux", "acl", "attr", "strace", "swtpm"),
     "apparmor",
 ]
 # `unshare` is compiled in the host, where Python lacks os.unshare.
 COMPILER = ["gcc", "libc6-dev", "python3-dev"]
 WHEELS = ["pytest", "hypothesis", "qemu.qmp", "psutil", "pyroute2"]
 WHEEL_PLATFORMS = ["manylinux_2_28_x86_64", "manylinux2014_x86_64"]
-INITRAMFS_MODULES = ["virtio_pci", "virtio_blk", "virtio_console", "qemu_fw_cfg", "ext4", "crc32c_generic", "crc32c_intel"]
+INITRAMFS_MODULES = ["virtio_pci", "virtio_blk", "virtio_console", "ext4", "crc32c_generic", "crc32c_intel"]
 
 
 class Suite(NamedTuple):

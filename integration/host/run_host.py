@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import io
 import os
 import shlex
 import signal
@@ -59,13 +60,12 @@ def run_in_host(host: HostFiles, command: str, timeout_s: float) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="qemu-userns-host-") as folder:
         home = Path(folder)
-        (home / "command").write_text(command)
-        pack_project(home / "project.tar")
+        pack_project(home / "project.tar", command)
         return run_machine(host, home, timeout_s)
 
 
 def run_machine(host: HostFiles, home: Path, timeout_s: float) -> int:
-    """Do as `run_in_host` does, with the command and the project that `home` has."""
+    """Do as `run_in_host` does, with the project that `home` has."""
     with subprocess.Popen(
         qemu_words(host, home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=end_with_us
     ) as qemu:
@@ -113,6 +113,10 @@ def qemu_words(host: HostFiles, home: Path) -> list[str]:
         *("-kernel", str(host.kernel), "-initrd", str(host.initramfs)),
         *("-append", "console=ttyS0 panic=-1 loglevel=4 intel_iommu=on"),
         *("-device", "intel-iommu,intremap=on", "-nic", "none", "-device", "e1000e"),  # a device for vfio
+        # What is handed on to guests: a USB device, a parallel port, a CD. (With a TPM, SeaBIOS leaves the kernel no ACPI.)
+        *("-device", "qemu-xhci", "-device", "usb-tablet"),
+        *("-chardev", "null,id=parallel", "-device", "isa-parallel,chardev=parallel"),
+        *("-drive", f"file={home}/project.tar,if=none,id=cd,format=raw,readonly=on", "-device", "ide-cd,drive=cd"),
         *("-chardev", f"file,id=console,path={home}/console", "-serial", "chardev:console"),
         *("-drive", f"file={host.root},if=none,id=root,format=raw,snapshot=on", "-device", "virtio-blk-pci,drive=root"),
         *(
@@ -121,7 +125,6 @@ def qemu_words(host: HostFiles, home: Path) -> list[str]:
             "-device",
             "virtio-blk-pci,drive=project",
         ),
-        *("-fw_cfg", f"name=opt/qemu-userns/command,file={home}/command"),
         *("-device", "virtio-serial-pci,id=ports"),
         *(
             word
@@ -134,8 +137,8 @@ def qemu_words(host: HostFiles, home: Path) -> list[str]:
     ]
 
 
-def pack_project(archive: Path) -> None:
-    """Write a tar file of what git lists of this checkout, and of the guest that is nested in the host."""
+def pack_project(archive: Path, command: str) -> None:
+    """Write a tar file of what git lists of this checkout, of the guest that is nested in the host, and of a shell command."""
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=CHECKOUT, capture_output=True, check=True
     ).stdout.split(b"\0")
@@ -145,6 +148,9 @@ def pack_project(archive: Path) -> None:
             if (CHECKOUT / os.fsdecode(name)).exists():
                 tar.add(CHECKOUT / os.fsdecode(name), f"project/{os.fsdecode(name)}", filter=belongs_to_root)
         tar.add(guest, f"guest/{guest.name}", filter=belongs_to_root)
+        member = tarfile.TarInfo("command")
+        member.size = len(os.fsencode(command))
+        tar.addfile(member, io.BytesIO(os.fsencode(command)))
 
 
 def belongs_to_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
