@@ -30,7 +30,7 @@ from integration import lxd_conf
 from integration.libvirt import DomainGuest
 from integration.lxd_client import LIMIT_S, LxdClient, connected_as_lxd
 from integration.stand_in import LXD_MAP, Helper, entering, helper
-from integration.talk import UUID, connected, is_alive, status_of, wait_until
+from integration.talk import UUID, connected, is_alive, is_listening, status_of, wait_until
 from integration.vm import KERNEL_ARGUMENTS, guest_files
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Instance:
         memlock: bool = True,
         run_with: bool = False,
         stateful: bool = False,
+        tpm: bool = False,
     ) -> None:
         """Make the instance's folders; in that of devices a helper looks in its own user namespace.
 
@@ -93,12 +94,13 @@ class Instance:
             disks: directories to share over 9p.
             virtiofs: have the config drive and the disks as virtio-fs too, or only so where a version has no 9p disks.
             memlock: raise the limit on locked memory, as LXD does outside containers.
+            tpm: have one of swtpm's.
             stateful: wait for a saved state; QEMU is to stay root then.
             run_with: name the user by -run-with, as LXD 6.5, 5.21.4 and later do from QEMU 9.1 on.
         """
         self.shape, self.name, self.uuid, self.disks = shape, name, uuid, disks
         self._program, self._words = shutil.which(words[0]), words[1:]
-        self._virtiofs, self._memlock = virtiofs, memlock and may_raise_limits()
+        self._tpm, self._virtiofs, self._memlock = tpm, virtiofs, memlock and may_raise_limits()
         self.logs, self.path, self.devices = (folder / part / name for part in ("logs", "virtual-machines", "devices"))
         for made, mode in ((self.logs, 0o700), (self.path, 0o700), (self.devices, 0o711)):
             made.mkdir(parents=True, mode=mode)
@@ -208,6 +210,8 @@ class Instance:
         yield from lxd_conf.config_drive(drive)
         if self._virtiofs:
             yield from lxd_conf.virtiofs("qemu_config-virtiofs", "config", self._serve(drive), 5)
+        if self._tpm:
+            yield from lxd_conf.tpm("tpm", self._emulate_tpm())
         for port, disk in enumerate(self.disks, 6):
             place = self._bind(disk.source, f"disk.{disk.name}", readonly=disk.readonly)
             if self.shape.proxy:
@@ -260,6 +264,22 @@ class Instance:
         self._running.callback(path.unlink)
         self._running.callback(daemon.wait)
         self._running.callback(daemon.kill)
+        return self._address(path)
+
+    def _emulate_tpm(self) -> str:
+        """Start swtpm on a socket; return the address that QEMU gets."""
+        state, path = self.path / "tpm", self.logs / "tpm.sock"
+        state.mkdir(exist_ok=True)
+        words = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--ctrl", f"type=unixio,path={path}"]
+        emulator = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+        self._running.callback(path.unlink, missing_ok=True)
+        self._running.callback(emulator.wait)
+        self._running.callback(emulator.kill)
+        wait_until(lambda: is_listening(path), "swtpm's socket")
+        return self._address(path)
+
+    def _address(self, path: Path) -> str:
+        """Return what stands for a socket in qemu.conf."""
         return f"/dev/fd/{self._add_fd(os.open(path, os.O_PATH))}" if self.shape.numbers_sockets else str(path)
 
     # --- what LXD looks at, and the end (2.4) -------------------------------------------------------------------------

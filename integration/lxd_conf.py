@@ -147,6 +147,12 @@ def virtiofs(name: str, tag: str, address: str, port: int) -> Iterator[Section]:
     yield "", f'device "dev-{name}-virtio-fs"', on_port("vhost-user-fs-pci", port, tag=tag, chardev=name)
 
 
+def tpm(name: str, address: str) -> Iterator[Section]:
+    yield f"TPM {name}", f'chardev "qemu_tpm-chardev_{name}"', {"backend": "socket", "path": address}
+    yield "", f'tpmdev "qemu_tpm-tpmdev_{name}"', {"type": "emulator", "chardev": f"qemu_tpm-chardev_{name}"}
+    yield "", f'device "dev-lxd_{name}"', {"driver": "tpm-crb", "tpmdev": f"qemu_tpm-tpmdev_{name}"}
+
+
 def proxy_share(name: str, fd: int, port: int, *, readonly: bool) -> Iterator[Section]:
     """Return the sections of a directory that is shared over 9p."""
     values: Values = {"fsdriver": "proxy", "sock_fd": fd, "readonly": "on" if readonly else "off"}

@@ -207,6 +207,16 @@ def test_a_stateful_start_is_not_root_without_the_hook_either(dropin: list[str],
         assert os.readlink(f"/proc/{pid}/ns/user") != os.readlink("/proc/self/ns/user")
 
 
+@pytest.mark.parametrize("shape", [OLD, NEW], ids=str)
+def test_a_tpm(dropin: list[str], shared_tmp: Path, shape: Shape) -> None:
+    """The emulator's socket by its path, which only the caller may connect to, or by the number of an O_PATH fd."""
+    with Instance(shape, dropin, shared_tmp, tpm=True) as vm:
+        vm.start()
+        with vm.connected() as client:
+            (found,) = client.ask("query-tpm")
+            assert (found["id"], found["model"], found["options"]["type"]) == ("qemu_tpm-tpmdev_tpm", "tpm-crb", "emulator")
+
+
 def test_without_a_limit_on_memory(dropin: list[str], shared_tmp: Path) -> None:
     """In a container LXD raises none."""
     with Instance(NEW, dropin, shared_tmp, memlock=False) as vm:
