@@ -330,6 +330,25 @@ def test_a_character_device_on_pipes(compare: Compare) -> None:
     compare(dialogue)
 
 
+def test_an_id_that_is_taken_costs_no_socket_and_no_file(compare: Compare) -> None:
+    """QEMU looks at the id before it puts a socket in the place of what is at its path."""
+
+    def dialogue(vm: Vm) -> list[Any]:
+        live, kept = vm.folder / "live", vm.folder / "kept"
+        kept.write_text("text")
+        server = {"server": True, "wait": False}
+        backends = [
+            {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": str(path)}}, **server}} for path in (live, kept)
+        ]
+        seen: list[Any] = [vm.qmp.ask("chardev-add", id="taken", backend=backends[0])]
+        inode = live.stat().st_ino
+        seen += [vm.qmp.ask("chardev-add", id="taken", backend=backend) for backend in backends]
+        seen += [live.stat().st_ino == inode, is_listening(live), kept.read_text()]
+        return [*seen, vm.qmp.ask("chardev-remove", id="taken")]
+
+    compare(dialogue)
+
+
 @pytest.mark.parametrize("how", ["qmp", "hmp", "change"])
 def test_character_devices_on_unix_sockets(compare: Compare, how: str) -> None:
     def dialogue(vm: Vm) -> list[Any]:

@@ -222,20 +222,25 @@ _SPECIAL: "dict[str, Callable[[Shared, Client, Command], Job]]" = {
 }
 
 
-def ask_for_id(shared: "Shared", client: "Client", command: "Command", name: str) -> "Job":
-    """Ask QEMU whether the id of a network back end is free, before a tap is made and a script runs for nothing.
+def ask_for_id(shared: "Shared", client: "Client", command: "Command", kind: str, name: str) -> "Job":
+    """Ask QEMU whether an id is free, before a tap is made for nothing, or a socket takes the place of what is at its path.
 
-    QEMU looks at the id first (net_client_init1() of net/net.c), and then for an fd that is never there. Where it says something
-    else than that, this is what it would say of the command.
+    QEMU looks at the id first (net_client_init1() of net/net.c, qmp_chardev_add() of chardev/char.c), and then for an fd that is
+    never there. Where it says something else than that, this is what it would say of the command.
     """
     nowhere = f"{_NOWHERE}{shared.token}"
-    reply = yield shared.ask("netdev_add", type="tap", id=name, fd=nowhere), ()
+    if kind == "netdev":
+        question = shared.ask("netdev_add", type="tap", id=name, fd=nowhere)
+    else:
+        address = {"type": "fd", "data": {"str": nowhere}}
+        question = shared.ask("chardev-add", id=name, backend={"type": "socket", "data": {"addr": address, "server": False}})
+    reply = yield question, ()
     error = get_dict(reply.value, "error")
     error_class, desc = error.get("class"), error.get("desc")
     if not isinstance(error_class, str) or not isinstance(desc, str) or nowhere in desc:
         if not client.gone:
             client.push_first(Turn(command, free=True))
-    elif command.name == "netdev_add":
+    elif command.name in ("netdev_add", "chardev-add"):
         shared.tell_error(client, error_class, desc, command.id)
     else:
         shared.tell(client, build_return(f"Error: {desc}\r\n", command.id, shared.pretty))

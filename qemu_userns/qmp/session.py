@@ -278,8 +278,8 @@ class Session:
         elif self._is_allowed(client, command):
             if takes_rules(command) and shared.rules.needs_opening(command):
                 owner = None if free else shared.rules.owner_of(command.name, command.arguments)
-                if owner is not None and owner[0] == "netdev":
-                    job = ask_for_id(shared, client, command, owner[1]) if owner[1] else run_command(shared, client, command)
+                if owner is not None and (owner[0] == "netdev" or command.name == "chardev-add"):
+                    job = ask_for_id(shared, client, command, *owner) if owner[1] else run_command(shared, client, command)
                     self._start(job, client)  # without an id QEMU refuses it
                 else:
                     self._prepare(client, command)
