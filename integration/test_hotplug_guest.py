@@ -16,7 +16,7 @@ import pytest
 from integration.plugged import Client, Vm, plugged
 from integration.shares import Launch
 from integration.talk import DEADLINE_S, connected
-from integration.vm import BOOT_S, machine_options, port_options
+from integration.vm import BOOT_S, GuestTimeoutError, diagnosis, machine_options, port_options
 from tests.machine import ACCELERATOR
 
 if TYPE_CHECKING:
@@ -30,9 +30,10 @@ SLOTS = 6
 class Guest:
     """The guest's shell, over a socket."""
 
-    def __init__(self, channel: socket.socket) -> None:
-        """Wait until it has booted."""
+    def __init__(self, channel: socket.socket, home: Path) -> None:
+        """Wait until it has booted; `home` has its console."""
         self._channel = channel
+        self._home = home
         self._received = b""
         self._lock = threading.Lock()
         channel.settimeout(BOOT_S)
@@ -49,7 +50,10 @@ class Guest:
 
     def _read(self) -> str:
         while b"\n" not in self._received:
-            data = self._channel.recv(65536)
+            try:
+                data = self._channel.recv(65536)
+            except TimeoutError as err:
+                raise GuestTimeoutError(f"no answer after {BOOT_S} s\n{diagnosis(self._home)}") from err
             assert data, "QEMU has ended"
             self._received += data
         line, _, self._received = self._received.partition(b"\n")
@@ -78,7 +82,7 @@ def booted(launch: Launch, shared_tmp: Path) -> Iterator[Booted]:
                 plugged(shared_tmp / "vm", launch, *slots, *command, machine=machine, pass_fds=(theirs.fileno(),))
             )
         assert vm.other
-        found = Booted(vm, Guest(ours))
+        found = Booted(vm, Guest(ours, home))
         yield found
 
 

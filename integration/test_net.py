@@ -23,7 +23,7 @@ from integration.plugged import Client, Vm, compared, plugged
 from integration.shares import Launch, dropin_words, launches
 from integration.talk import PLAIN, as_user, connected, fds_of, home_of, is_alive, running, started, supervisor_of, wait_until
 from integration.test_hotplug_guest import Guest, unplug, wait_for
-from integration.vm import RunningGuest, machine_options, port_options
+from integration.vm import GuestTimeoutError, RunningGuest, machine_options, port_options
 from qemu_userns.host.taps import open_queue
 from qemu_userns.plan.grants import Tap
 from tests.conftest import CHECKOUT
@@ -575,7 +575,11 @@ class Booted:
             command = port_options("command", f"socket,fd={theirs.fileno()}")
             vm = plugged(folder / "vm", launch, *command, machine=machine, pass_fds=(theirs.fileno(),))
             self.qmp = stack.enter_context(vm).qmp
-        self.guest = Guest(ours)
+        try:
+            self.guest = Guest(ours, home)
+        except GuestTimeoutError as err:
+            err.add_note(self.qmp.hmp("info registers -a"))
+            raise
 
     def plug(self, nic: Nic, slot: int) -> None:
         self.qmp.execute("netdev_add", **nic.netdev())
