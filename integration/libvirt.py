@@ -18,6 +18,7 @@ import contextlib
 import copy
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -97,6 +98,9 @@ class Libvirt:
         lines = [line for path in logs[-1:] for line in self._read(path).splitlines() if not line.endswith("\\")]
         return "\n".join(lines[-10:])
 
+    def own(self, path: Path) -> None:
+        """Make a file or a directory of the tester's that of who runs the daemon."""
+
     def find_pid(self, domain: str) -> int:
         """Return the pid of a domain's QEMU, as libvirt knows it."""
         return int((self.folder / self.pid_files / f"{domain}.pid").read_text())
@@ -113,6 +117,25 @@ class Libvirt:
 
     def _read(self, path: Path | str) -> str:
         return (self.folder / path).read_text(errors="replace")
+
+
+class UserLibvirt(Libvirt):
+    """A running daemon of an ordinary user's session, on a host of its own, as root makes one: libvirt migrates between hosts
+    only.
+    """
+
+    def __init__(self, folder: Path, user: str) -> None:
+        """Make the folders below `folder`, which exists; the host is called as it is."""
+        super().__init__(folder)
+        self._user = user
+        for path in (folder, *folder.rglob("*")):
+            self.own(path)
+        self.uri = f"qemu+unix:///session?socket={folder / self.socket_file}"
+        as_user = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
+        self.daemon = ["unshare", "--uts", "sh", "-c", f'hostname {folder.name}; exec "$@"', "sh", *as_user, *self.daemon]
+
+    def own(self, path: Path) -> None:
+        shutil.chown(path, self._user, self._user)
 
 
 class SystemLibvirt(Libvirt):
@@ -185,6 +208,7 @@ class Domain:
         self.libvirt, self.name, self.emulator = libvirt, name, emulator
         self.home = libvirt.folder / name
         self.home.mkdir()
+        libvirt.own(self.home)
 
     @property
     def pid(self) -> int:
@@ -212,6 +236,7 @@ class Domain:
         moved = copy.copy(self)
         moved.libvirt, moved.home = libvirt, libvirt.folder / self.name
         moved.home.mkdir()
+        libvirt.own(moved.home)
         text = self.virsh("dumpxml", "--migratable")
         for name in ("command", "console"):
             text = text.replace(str(self.home / name), str(moved.home / name))
@@ -257,6 +282,7 @@ class Domain:
         """Make an image."""
         path = self.home / name
         subprocess.run(["qemu-img", "create", "-q", *options, path, size], check=True, cwd="/")
+        self.libvirt.own(path)
         return path
 
     def _write(self, name: str, text: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from integration.libvirt import HOST_ADDRESS, Domain, LibvirtError, SystemLibvirt, disk, virsh_console
+from integration.libvirt import HOST_ADDRESS, Domain, LibvirtError, SystemLibvirt, UserLibvirt, disk, virsh_console
 from integration.talk import REAL, is_alive, map_of, status_of, wait_until
 from tests.conftest import TEST_USER, dropin_folder, remove_tree
 
@@ -156,6 +156,37 @@ def test_a_domain_migrates_to_another_host(libvirt: SystemLibvirt, folder: Path,
         arrived.virsh("undefine")
     assert added.read_bytes().startswith(b"added\n")
     domain.virsh("undefine")
+
+
+def test_a_domain_of_a_users_session_has_a_console_and_migrates(folder: Path) -> None:
+    hosts = [UserLibvirt(make_folder(folder / name), TEST_USER) for name in ("host-a", "host-b")]
+    with contextlib.ExitStack() as stack:
+        for host in hosts:
+            stack.callback(host.end_programs)
+            stack.enter_context(host.serving())
+        domain = Domain(hosts[0], "vm", DROPIN)
+        domain.define("<console type='pty'><target type='virtio'/><alias name='ua-talk'/></console>")
+        image = domain.make_disk("a.qcow2", "-f", "qcow2")
+        with domain.started() as guest:
+            guest.check("modprobe -a virtio_blk virtio_net virtio_console")
+            domain.virsh("attach-disk", str(image), "vda", "--targetbus", "virtio", "--subdriver", "qcow2", "--live")
+            domain.attach(f"<interface type='user'><mac address='{MAC}'/><model type='virtio'/></interface>")  # virsh has no word
+            guest.check(f"until [ -b /dev/vda ] && ip link | grep -q {MAC}; do sleep 0.1; done; echo before >/dev/vda; sync")
+            with virsh_console(domain, "ua-talk") as console:
+                guest.check("echo from the guest >/dev/hvc0")
+                wait_until(lambda: b"from the guest" in console.read(), "what the guest says")
+            pid = domain.pid
+            arrived = domain.migrate(hosts[1], "tcp://127.0.0.1")
+            wait_until(lambda: not is_alive(pid), "the end of the QEMU that the guest has left")
+            with arrived.talking() as again, arrived.destroyed_at_the_end():
+                assert_confined(arrived, AS_USER)
+                arrived.virsh("resume")
+                assert again.check("head -n 1 /dev/vda") == "before\n"
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.systemd, pytest.
 
 VM = "qemu-userns@vm.service"
 IDLE = "-nodefaults -display none -M q35 -S"
+SHARE_CAPABILITIES = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4
+"""CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID: over the ids of the map."""
 # Of systemd.exec(5): what a VM starts with besides the unit's own, and what keeps it from starting.
 HIDES = {"ProtectHome=yes": ("/home/", "/root/"), "PrivateTmp=yes": ("/tmp/", "/var/tmp/")}
 """What cannot be tried where the program itself is there."""
@@ -63,10 +65,18 @@ def assert_nothing_left(systemd: Systemd) -> None:
 
 
 def test_a_guest_boots_as_a_service_and_powers_off_when_it_is_stopped(folder: Path) -> None:
-    home = folder / "home"
+    """With a share and a tap, which its hardening leaves possible."""
+    home, share = folder / "home", folder / "share"
     home.mkdir()
-    port = port_options("command", f"socket,path={home}/command,server=on,wait=off")
-    words = [*machine_options(home, "tcg", 256, "qemu_userns_serve"), *port, "-qmp", f"unix:{home}/qmp,server=on,wait=off"]
+    share.mkdir()
+    os.chown(share, 1000, 1000)
+    words = [
+        *machine_options(home, "tcg", 256, "qemu_userns_serve"),
+        *port_options("command", f"socket,path={home}/command,server=on,wait=off"),
+        *("-qmp", f"unix:{home}/qmp,server=on,wait=off"),
+        *("-userns", f"share={share},tag=t,driver=9p,map=both 1000 0"),
+        *("-netdev", "tap,id=n,script=no,downscript=no", "-device", "virtio-net-pci,netdev=n,mac=52:54:00:00:00:77"),
+    ]
     args = " ".join(f'"{word}"' if " " in word else word for word in words)
     with booted(folder, service(folder, QEMU_ARGS=args)) as systemd:
         systemd.systemctl("start", VM)
@@ -74,11 +84,15 @@ def test_a_guest_boots_as_a_service_and_powers_off_when_it_is_stopped(folder: Pa
         pid = systemd.outer_pid(int(systemd.show(VM, "MainPID")["MainPID"]))
         assert Path(f"/proc/{pid}/comm").read_text().startswith("qemu-system")
         assert all(outside >= 524288 for _, outside, _ in map_of(pid, "uid"))
-        assert int(status_of(pid)["CapBnd"], 16) == 0
+        assert int(status_of(pid)["CapBnd"], 16) == SHARE_CAPABILITIES
+        group = systemd.run("sh", "-c", f"cat /proc/$(systemctl show -P MainPID {VM})/cgroup")
+        assert group.endswith(f"/qemu-userns.slice/{VM}\n")
         with connected(home / "command") as channel:
             guest = DomainGuest(channel, home)
             guest.wait_ready()
-            assert guest.check("uname -s") == "Linux\n"
+            guest.check("modprobe -a 9pnet_virtio 9p && mount -t 9p -o trans=virtio,version=9p2000.L t /mnt && touch /mnt/made")
+            assert (share / "made").stat().st_uid == 1000
+            guest.check("modprobe virtio_net && grep -l 52:54:00:00:00:77 /sys/class/net/*/address")
             with connected(home / "qmp") as connection, qmp_over(connection) as qmp:
                 qmp.execute("stop")
                 wait_state(systemd, StatusText="paused")

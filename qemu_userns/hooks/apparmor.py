@@ -42,12 +42,12 @@ def build_profile(directory: str, python: str, root: str) -> str:
     """Return the lines for a profile; `userns` only where the parser knows it: apparmor.d(5), from 4.0 on.
 
     Args:
-        directory: of the entries.
-        python: the interpreter.
+        directory: of the entries, as a pattern: see `escape_path`.
+        python: the interpreter, likewise.
         root: where the host's files are; "" for this host.
     """
     userns = "userns,\n" if os.path.exists(f"{root}/etc/apparmor.d/abi/4.0") else ""
-    return _PROFILE.format(userns=userns, directory=escape_path(directory), python=escape_path(python))
+    return _PROFILE.format(userns=userns, directory=directory, python=python)
 
 
 def escape_path(path: str) -> str:

@@ -75,7 +75,8 @@ def build_setup(options: "Options") -> Setup:
 def _build_apparmor_steps(options: "Options") -> "list[Step]":
     """Return what lets the daemon execute the entries, and what a domain's launcher needs besides."""
     # The id maps of a user other than root are written by newuidmap, which is set-uid and no part of the domain.
-    profile = build_profile(options.directory, options.python, options.root) + "/usr/bin/new{u,g}idmap PUx,\n"
+    directory, python = escape_path(options.directory), escape_path(options.python)
+    profile = build_profile(directory, python, options.root) + "/usr/bin/new{u,g}idmap PUx,\n"
     steps: "list[Step]" = [Block("what the profiles of domains need besides", PROFILE, profile)]
     rule = f'"{escape_path(options.directory)}/qemu-system-*" PUx,\n'
     for name in DAEMONS:

@@ -7,7 +7,7 @@ have besides goes into an instance's, or a profile's, `raw.apparmor`.
 import os
 
 from qemu_userns.hooks import applied
-from qemu_userns.hooks.apparmor import build_profile, find_restriction, is_apparmor_enabled
+from qemu_userns.hooks.apparmor import build_profile, escape_path, find_restriction, is_apparmor_enabled
 from qemu_userns.hooks.files import NEW, read_text
 from qemu_userns.hooks.host import find_package, find_processes, find_snap
 from qemu_userns.hooks.install import find_qemus
@@ -80,7 +80,7 @@ def build_setup(daemon: Daemon, options: "Options") -> Setup:
 def _build_steps(name: str, options: "Options") -> "list[Step]":
     root, directory = options.root, options.directory
     environment = _build_path(name, "env")
-    profile = build_profile(directory, options.python, root)
+    profile = build_profile(escape_path(directory), escape_path(options.python), root)
     steps: "list[Step]" = [
         applied.build_step(options),
         Entries("what the daemon finds instead of QEMU", directory),

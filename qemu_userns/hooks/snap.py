@@ -1,8 +1,9 @@
 """The tree of a content snap with the drop-in, for LXD's own snap.
 
 LXD's snap runs the QEMU of a snap that is connected to its plug `qemu-external`, from PREFIX/bin, with the libraries of
-PREFIX/lib and the data of PREFIX/share (LXD 5.21.3 and 6.2 on; its snapcraft/commands/daemon.start). The interpreter there is of
-the snap's base, which has to be Python 3.12 (core24) or later: the package unshare is compiled for one interpreter.
+PREFIX/lib and the data of PREFIX/share (LXD 5.21.3 and 6.2 on; its snapcraft/commands/daemon.start). Everything runs in LXD's
+own mount namespace, so that the interpreter is of the base of LXD's snap, not of this one's: Python 3.12 in core24 (LXD 6.2 on),
+and 3.10, which is too old, in core22 (LXD 5.21). The package unshare is compiled for one interpreter, and 3.12 does without.
 """
 
 import os
@@ -10,12 +11,18 @@ import shutil
 
 import qemu_userns
 from qemu_userns.errors import ResourceError
+from qemu_userns.hooks.apparmor import build_profile
 from qemu_userns.hooks.install import write_entries
 
 NAME, SLOT = "qemu-for-lxd", "qemu-external"
 _PREFIX = "/snap/lxd/current/external/qemu"
 _LIBRARY = "lib/python"
-_PYTHON = "/usr/bin/python3"
+_PYTHON = "bin/python3"
+_INTERPRETER = "/usr/bin/python3"  # what it is a symlink to: of LXD's base
+_LINES = "raw.apparmor"
+# As AppArmor sees them, with the revision of LXD's snap.
+_PLACE = "/snap/lxd/*/external/qemu"
+_INTERPRETERS = f"/{{usr,{_PLACE[1:]}/python}}/bin/python3*"
 _YAML = f"""\
 name: {NAME}
 version: '1'
@@ -52,12 +59,17 @@ def build_tree(directory: str, names: "list[str]") -> "tuple[str, ...]":
         package = os.path.dirname(qemu_userns.__file__)
         target = os.path.join(directory, _LIBRARY, "qemu_userns")
         shutil.copytree(package, target, ignore=shutil.ignore_patterns("__pycache__"))
-        write_entries(binaries, names, _PYTHON, [f"{_PREFIX}/{_LIBRARY}"])
+        write_entries(binaries, names, f"{_PREFIX}/{_PYTHON}", [f"{_PREFIX}/{_LIBRARY}"])
+        os.symlink(_INTERPRETER, os.path.join(directory, _PYTHON))
+        with open(os.path.join(directory, _LINES), "w", encoding="utf-8") as file:
+            file.write(build_profile(f"{_PLACE}/bin", _INTERPRETERS, ""))
     except OSError as err:
         raise ResourceError(str(err.filename or directory), err.strerror or str(err)) from err
     return (
-        *(f"cp -L QEMU {binaries}/{name}.distrib    # built for the snap's base" for name in names),
+        *(f"cp -L QEMU {binaries}/{name}.distrib    # built for the base of LXD's snap" for name in names),
         f"cp -rL ITS-LIBRARIES {directory}/lib; cp -rL ITS-DATA {directory}/share",
+        f"ln -sf ../python/bin/python3 {directory}/{_PYTHON}    # for LXD 5.21: a Python 3.12 or later that runs on core22",
         f"snap pack {directory} && snap install --dangerous {NAME}_1_*.snap",
         f"snap connect lxd:{SLOT} {NAME}:{SLOT} && snap restart lxd",
+        f'lxc profile set default raw.apparmor "$(cat {os.path.join(directory, _LINES)})"    # for each profile that VMs use',
     )

@@ -30,7 +30,7 @@ from qemu_userns.qmp.message import (
     read_reply,
 )
 from qemu_userns.qmp.oob import OutOfBand
-from qemu_userns.qmp.shared import Chore, DisplaySocket, Shared, takes_rules
+from qemu_userns.qmp.shared import Chore, Shared, takes_rules
 from qemu_userns.qmp.stream import ReplyStream
 
 TYPE_CHECKING = False
@@ -160,7 +160,7 @@ class Session:
         if self._closed:
             self._shared.close((fd,))
         else:
-            self._shared.chores.append(DisplaySocket(protocol, fd))
+            self._shared.add_display(protocol, fd)
             self._pump()
         return self._flush()
 

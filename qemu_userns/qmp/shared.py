@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Job = Generator[tuple[bytes, tuple[int, ...]], Reply, None]
     """A dialogue with QEMU: yields bytes (or none, to wait on) and fds, is sent the reply."""
 
+_DISPLAYS_MAX = 16  # sockets that wait for QEMU to take them
+
 
 class Held(Record):
     """What was handed over for an object."""
@@ -119,6 +121,18 @@ class Shared:
         """Have something taken back, after a command that failed or with the object that had it."""
         if handed:
             self.actions.append(Release(handed, failed))
+
+    def add_display(self, protocol: str, fd: int) -> None:
+        """Have QEMU given a socket of a display; takes ownership of the fd.
+
+        Whoever may connect could come without end while QEMU answers nothing: beyond some they are turned away.
+        """
+        waiting = sum(isinstance(chore, DisplaySocket) for chore in self.chores)
+        if waiting < _DISPLAYS_MAX:
+            self.chores.append(DisplaySocket(protocol, fd))
+        else:
+            self.close((fd,))
+            self.log_once(f"{protocol}: a client is turned away: {waiting} wait for QEMU")
 
     def give_up(self) -> None:
         """Close and release what is being handed over or taken back: QEMU has gone."""

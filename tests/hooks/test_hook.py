@@ -66,7 +66,9 @@ def test_the_tree_of_a_snap_has_a_drop_in_that_works(tmp_path: Path, capsys: pyt
     assert "/snap/lxd/current/external/qemu/lib/python" in entry.read_text()
     compiled = find_import_path()[1:]  # the package unshare, which Python 3.12 does not need
     there = "['/snap/lxd/current/external/qemu/lib/python']"
-    entry.write_text(entry.read_text().replace(there, repr([f"{tree}/lib/python", *compiled])))
+    assert os.readlink(tree / "bin/python3") == "/usr/bin/python3"  # of LXD's base
+    text = entry.read_text().replace(there, repr([f"{tree}/lib/python", *compiled]))
+    entry.write_text(text.replace("#!/snap/lxd/current/external/qemu/", f"#!{tree}/"))
     real = find_qemu("qemu-system-x86_64", os.environ["PATH"])
     (tree / "bin/qemu-system-x86_64.distrib").symlink_to(real)
     tools = tmp_path / "tools"  # a PATH without any QEMU

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from qemu_userns.cli.hook import hook
 from qemu_userns.errors import HostError
-from qemu_userns.hooks.apparmor import build_profile, find_restriction
+from qemu_userns.hooks.apparmor import build_profile, escape_path, find_restriction
 from qemu_userns.hooks.install import install
 from qemu_userns.hooks.systemd import build_units
 from tests.systems import QEMU, run_hook, write
@@ -35,7 +36,7 @@ def parse(profile: str) -> str:
 @pytest.mark.apparmor_parser
 @pytest.mark.parametrize("directory", ["/usr/local/lib/qemu-userns/lxd", *AWKWARD])
 def test_the_lines_for_a_profile_compile_and_mean_those_paths(directory: str) -> None:
-    lines = build_profile(directory, f"{directory}/python3", "")
+    lines = build_profile(escape_path(directory), escape_path(f"{directory}/python3"), "")
     said = parse(f"profile test flags=(attach_disconnected, mediate_deleted) {{\n{lines}}}\n")
     read = [line.partition("->")[2].strip().rpartition(" (")[0] for line in said.splitlines() if line.startswith("rule:")]
     read = [re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), text.encode()).decode() for text in read]
@@ -43,6 +44,15 @@ def test_the_lines_for_a_profile_compile_and_mean_those_paths(directory: str) ->
     plain = directory.replace("\\", "")
     assert f"{plain}/python3" in unescaped, said
     assert any(text.startswith(f"{plain}/qemu-system-(") for text in unescaped), said
+
+
+@pytest.mark.apparmor_parser
+def test_the_lines_for_a_snap_name_its_entries_and_both_interpreters(tmp_path: Path) -> None:
+    assert hook(["lxd", "--snap", str(tmp_path / "snap")]) == 0
+    said = parse(f"profile test {{\n{(tmp_path / 'snap/raw.apparmor').read_text()}}}\n")
+    read = said.replace("[^/\\x00]", "").splitlines()
+    assert any(line.startswith("rule: /snap/lxd/*/external/qemu/bin/qemu-system-*  ->") for line in read), said
+    assert any(line.startswith("rule: /(usr|snap/lxd/*/external/qemu/python)/bin/python3*  ->") for line in read), said
 
 
 @pytest.mark.apparmor_parser
