@@ -82,6 +82,7 @@ class Instance:
         run_with: bool = False,
         stateful: bool = False,
         tpm: bool = False,
+        huge_pages: Path | None = None,
     ) -> None:
         """Make the instance's folders; in that of devices a helper looks in its own user namespace.
 
@@ -95,6 +96,7 @@ class Instance:
             virtiofs: have the config drive and the disks as virtio-fs too, or only so where a version has no 9p disks.
             memlock: raise the limit on locked memory, as LXD does outside containers.
             tpm: have one of swtpm's.
+            huge_pages: have the memory there.
             stateful: wait for a saved state; QEMU is to stay root then.
             run_with: name the user by -run-with, as LXD 6.5, 5.21.4 and later do from QEMU 9.1 on.
         """
@@ -104,7 +106,7 @@ class Instance:
         self.logs, self.path, self.devices = (folder / part / name for part in ("logs", "virtual-machines", "devices"))
         for made, mode in ((self.logs, 0o700), (self.path, 0o700), (self.devices, 0o711)):
             made.mkdir(parents=True, mode=mode)
-        self._run_with, self._stateful = run_with, stateful
+        self._run_with, self._stateful, self._huge_pages = run_with, stateful, huge_pages
         self.conf = ""
         self.monitor, self.pid_file = self.logs / "qemu.monitor", self.logs / "qemu.pid"
         self.user = pwd.getpwnam(UNPRIVILEGED)
@@ -201,7 +203,7 @@ class Instance:
 
     def _sections(self) -> Iterator[Section]:
         """Start what QEMU is connected to, open what it gets, and return qemu.conf."""
-        yield from lxd_conf.base_sections(self.shape, self.logs, cpus=2)
+        yield from lxd_conf.base_sections(self.shape, self.logs, 2, self._huge_pages)
         if VHOST_VSOCK.exists():
             fd = self._add_fd(os.open(VHOST_VSOCK, os.O_RDWR)) if self.shape.hands_vsock_over else None
             yield lxd_conf.vsock(cid=1000, fd=fd)

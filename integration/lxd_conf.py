@@ -66,8 +66,8 @@ def build_conf(sections: Iterable[Section]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def base_sections(shape: Shape, logs: Path, cpus: int) -> Iterator[Section]:
-    """Return what every VM has."""
+def base_sections(shape: Shape, logs: Path, cpus: int, pages: Path | None) -> Iterator[Section]:
+    """Return what every VM has, its memory in huge pages of a directory or not."""
     yield "Machine", "machine", {"graphics": "off", "type": "q35", "accel": "tcg", "usb": "off"}
     for state in ("s3", "s4"):
         yield "", "global", {"driver": "ICH9-LPC", "property": f"disable_{state}", "value": "1"}
@@ -77,7 +77,7 @@ def base_sections(shape: Shape, logs: Path, cpus: int) -> Iterator[Section]:
     yield "", "mon", {"chardev": "monitor", "mode": "control"}
     yield "Memory", "memory", {"size": f"{MEMORY_MIB}M"}
     yield "CPU", "smp-opts", {"cpus": 1, "maxcpus": cpus, "sockets": cpus, "cores": 1, "threads": 1}
-    yield "", 'object "mem0"', {"qom-type": "memory-backend-memfd", "size": f"{MEMORY_MIB}M", "share": "on"}
+    yield "", 'object "mem0"', memory(pages)
     yield "", "numa", {"type": "node", "nodeid": 0, "memdev": "mem0"}
     for socket in range(cpus):
         numa_cpu: Values = {"type": "cpu", "node-id": 0, "socket-id": socket, "core-id": 0, "thread-id": 0}
@@ -86,6 +86,15 @@ def base_sections(shape: Shape, logs: Path, cpus: int) -> Iterator[Section]:
         port: Values = {"driver": "pcie-root-port", "bus": "pcie.0", "addr": f"{1 + index // 8}.{index % 8}", "chassis": index}
         yield "", f'device "qemu_pcie{index}"', {**port, "multifunction": "" if index % 8 else "on"}
     yield from devices(shape)
+
+
+def memory(pages: Path | None) -> Values:
+    """Return a back end, that in huge pages bound to a node too, as where the processors are pinned."""
+    common: Values = {"size": f"{MEMORY_MIB}M", "share": "on"}
+    if pages is None:
+        return {"qom-type": "memory-backend-memfd", **common}
+    kept: Values = {"mem-path": str(pages), "prealloc": "on", "discard-data": "on"}
+    return {"qom-type": "memory-backend-file", **kept, **common, "policy": "bind", "host-nodes.0": "0"}
 
 
 def devices(shape: Shape) -> Iterator[Section]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import re
 import select
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from integration.huge_pages import HUGE_BYTES, HUGE_TOTAL, PAGES, huge_pages
 from integration.plugged import Vm, plugged
 from integration.shares import Launch, dropin_words
-from integration.talk import DEADLINE_S, PLAIN, is_listening, outcome, unmount, wait_until
+from integration.talk import DEADLINE_S, PLAIN, is_listening, outcome, wait_until
 from integration.vm import running_guest
 from qemu_userns.plan.refusals import NO_NODE
 
@@ -28,9 +28,6 @@ pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytes
 
 PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "32", "-S"]
 MIB = 1 << 20
-HUGE_BYTES = 2 * MIB
-HUGE_TOTAL = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_BYTES >> 10}kB/nr_hugepages")
-PAGES = 160
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SCHED_CORE, PR_SCHED_CORE_GET, PR_SCHED_CORE_CREATE, SCOPE_THREAD = 62, 0, 1, 0
 BLOCK = b"\x5a" * 4096
@@ -51,25 +48,8 @@ def loop(shared_tmp: Path) -> Iterator[tuple[Path, Path]]:
 
 @pytest.fixture(params=["everybody's", "root's"])
 def huge(request: pytest.FixtureRequest, shared_tmp: Path) -> Iterator[Path]:
-    """Have some huge pages, and a file system of them."""
-    add_pages(PAGES)
-    folder = shared_tmp / "huge"
-    folder.mkdir()
-    mode = "1777" if request.param == "everybody's" else "755"
-    subprocess.run(["mount", "-t", "hugetlbfs", "-o", f"mode={mode},pagesize={HUGE_BYTES}", "hugetlbfs", folder], check=True)
-    try:
+    with huge_pages(shared_tmp / "huge", "1777" if request.param == "everybody's" else "755") as folder:
         yield folder
-    finally:
-        unmount(folder)
-        add_pages(-PAGES)
-
-
-def add_pages(count: int) -> None:
-    """Have more huge pages, or fewer: others may test with some at the same time."""
-    with HUGE_TOTAL.open("r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        total = int(file.read())
-        HUGE_TOTAL.write_text(f"{max(0, total + count)}")
 
 
 @contextlib.contextmanager

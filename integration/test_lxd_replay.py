@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from integration.huge_pages import huge_pages
 from integration.lxd import FIRMWARE, UNPRIVILEGED, Instance, LxdError
 from integration.lxd_client import IMAGE_SIZE, LxdClient, migrate_from, migrate_to_pipe
-from integration.lxd_conf import SHAPES, Shape
+from integration.lxd_conf import MEMORY_MIB, SHAPES, Shape
 from integration.talk import (
     DEADLINE_S,
     PLAIN,
@@ -57,10 +58,12 @@ def uuid_of(number: int) -> str:
 
 def test_the_version_is_qemus_own(dropin: list[str]) -> None:
     began = time.monotonic()
-    ours, plain = (subprocess.run([*words, "--version"], capture_output=True, check=True) for words in (dropin, PLAIN))
+    ours = subprocess.run([*dropin, "--version"], capture_output=True, check=True)
+    took_s = time.monotonic() - began
+    plain = subprocess.run([*PLAIN, "--version"], capture_output=True, check=True)
     assert (ours.stdout, ours.stderr) == (plain.stdout, b"")
     assert ours.stdout.split()[3][:1].isdigit()
-    assert time.monotonic() - began < 2 * VERSION_S
+    assert took_s < VERSION_S
 
 
 @pytest.mark.parametrize("shape", [OLD, NEW], ids=str)
@@ -217,6 +220,19 @@ def test_a_tpm(dropin: list[str], shared_tmp: Path, shape: Shape) -> None:
             assert (found["id"], found["model"], found["options"]["type"]) == ("qemu_tpm-tpmdev_tpm", "tpm-crb", "emulator")
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("shape", [OLD, NEW], ids=str)
+def test_memory_in_huge_pages_of_a_node(dropin: list[str], shared_tmp: Path, shape: Shape) -> None:
+    """Where only root may make files, and QEMU is somebody else."""
+    pages = huge_pages(shared_tmp / "huge", "755")
+    with pages as place, Instance(shape, dropin, shared_tmp, huge_pages=place) as vm:
+        pid = vm.start()
+        with vm.connected() as client:
+            (found,) = client.ask("query-memdev")
+            assert (found["id"], found["policy"], found["host-nodes"]) == ("mem0", "bind", [0])
+        assert f"HugetlbPages:\t  {MEMORY_MIB << 10} kB" in Path(f"/proc/{pid}/status").read_text()
+
+
 def test_without_a_limit_on_memory(dropin: list[str], shared_tmp: Path) -> None:
     """In a container LXD raises none."""
     with Instance(NEW, dropin, shared_tmp, memlock=False) as vm:
@@ -226,16 +242,14 @@ def test_without_a_limit_on_memory(dropin: list[str], shared_tmp: Path) -> None:
 
 
 def test_a_snaps_environment(dropin: list[str], shared_tmp: Path) -> None:
-    """Its HOME, and search paths on which somebody else's modules and libraries are."""
+    """Its HOME, and search paths on which somebody else's modules are; with another libpython no interpreter would start."""
     foreign = shared_tmp / "foreign"
     foreign.mkdir()
     for module in ("os", "site", "sitecustomize", "encodings", "qemu_userns"):
         (foreign / f"{module}.py").write_text("raise SystemExit('not this one')\n")
-    for library in ("libpython3.so", "libpixman-1.so.0"):
-        (foreign / library).write_bytes(b"no library")
     env = {"HOME": "/tmp", "PYTHONPATH": str(foreign), "PYTHONHOME": "", "PYTHONSTARTUP": "/x", "SNAP": "/snap/lxd/current"}
     with Instance(NEW, dropin, shared_tmp) as vm:
-        pid = vm.start(env={**env, "LD_LIBRARY_PATH": f"{shared_tmp}/none:/usr/lib/x86_64-linux-gnu"})
+        pid = vm.start(env={**env, "LD_LIBRARY_PATH": f"{foreign}:/usr/lib/x86_64-linux-gnu"})
         kept = Path(f"/proc/{pid}/environ").read_text().split("\0")
         assert f"PYTHONPATH={foreign}" in kept
         with vm.connected() as client:
