@@ -38,7 +38,7 @@ class Probe:
     def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
         """Borrow the process and the channel."""
         self.process = process
-        self._file = channel.makefile("rwb", buffering=0)
+        self._channel, self._file = channel, channel.makefile("rb")
         self.stderr = ""  # known once it has ended
         self.stdout = ""
 
@@ -51,7 +51,7 @@ class Probe:
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """Execute a QMP command, return what it returns."""
-        self._file.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        self._channel.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         while True:
             answer = self._read()
             if "return" in answer:
