@@ -1,19 +1,21 @@
-"""Files that QEMU makes beside others and gives their name at last, so that it is shown their directory; against plain QEMU."""
+"""Files that QEMU makes beside others and gives their name at last, so that it is shown their directory; against plain QEMU.
+
+And its temporary ones, for the data of snapshots.
+"""
 
 from __future__ import annotations
 
 import os
 import pwd
-from typing import TYPE_CHECKING
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from integration.plugged import Client
 from integration.shares import Launch, dropin_words
-from integration.talk import connected, outcome, started
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from integration.talk import DEADLINE_S, IDLE, connected, outcome, started, wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytest.mark.dropin]
 
@@ -60,3 +62,39 @@ def test_a_device_tree_is_written_while_qemu_runs(launch: Launch, place: Path) -
     assert trees[0] == trees[1]
     assert trees[0][:4] == b"\xd0\x0d\xfe\xed"
     assert sorted(path.name for path in place.iterdir() if path.name.endswith("tree")) == ["hmp-tree", "qmp-tree"]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["", "TMPDIR"])
+def test_the_data_of_a_snapshot_where_everything_is_below_the_directory_of_temporary_files(launch: Launch, beside: bool) -> None:
+    """The working directory, the image and the log, and the directory that TMPDIR names."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as made:
+        folder = Path(made)
+        folder.chmod(0o1777)
+        image, log, monitor = folder / "image", folder / "log", folder / "qmp"
+        image.write_bytes(bytes(65536))
+        env = {**os.environ, **({"TMPDIR": str(folder)} if beside else {})}
+        files = ["-D", str(log), "-d", "unimp", "-qmp", f"unix:{monitor},server=on,wait=off"]
+        drive = [
+            "-snapshot",
+            "-drive",
+            f"file={image},if=none,id=d,format=raw",
+            "-device",
+            "virtio-scsi",
+            "-device",
+            "scsi-hd,drive=d",
+        ]
+        command = [*dropin_words(), *launch.options, *IDLE, "-M", "q35", *drive, *files]
+        with started(command, cwd=folder, env=env, stdout=subprocess.PIPE) as process:
+            with connected(monitor) as connection:
+                client = Client(connection)
+                for verb in ("write", "read"):
+                    assert client.hmp(f'qemu-io d "{verb} -P 0x5a 0 4096"') == ""
+                assert log.exists()
+                client.execute("quit")
+            said = process.communicate(timeout=DEADLINE_S)[0].decode()
+            assert process.returncode == 0
+        assert [line for line in said.splitlines() if "4096" in line] == [
+            f"{did} 4096/4096 bytes at offset 0" for did in ("wrote", "read")
+        ]
+        wait_until(lambda: sorted(path.name for path in folder.iterdir()) == ["image", "log"], "the end of what was temporary")
+        assert image.read_bytes() == bytes(65536)

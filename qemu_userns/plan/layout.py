@@ -102,14 +102,16 @@ def _equals(placed: "Placed", grant: "Placed") -> bool:
 
 
 def _shown_by(grant: "Placed", above: "Placed") -> bool:
-    """Say whether a grant adds nothing to the one above it, or would hide a part of it."""
-    if not isinstance(above, Bind | CreateDir):
+    """Say whether a grant adds nothing to the one above it, or would hide a part of it.
+
+    A CreateDir shows nothing of what the host has there.
+    """
+    if not isinstance(above, Bind):
         return False
     if isinstance(grant, Link | Private):
         return True
-    writable = isinstance(above, CreateDir) or above.writable
     if isinstance(grant, Create | CreateDir):
-        return writable
-    if isinstance(grant, Bind) and isinstance(above, Bind) and not grant.device:
-        return grant.idmap == above.idmap and (writable or not grant.writable)
+        return above.writable
+    if isinstance(grant, Bind) and not grant.device:
+        return grant.idmap == above.idmap and (above.writable or not grant.writable)
     return False
