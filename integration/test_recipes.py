@@ -1,4 +1,4 @@
-"""docs/recipes.md: what other programs make of the drop-in, started by them (virtme-ng), or with their command lines."""
+"""docs/recipes.md: what other programs make of the drop-in, started by them, or with their command lines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from integration.plugged import fixed
 from integration.talk import DEADLINE_S, PLAIN, connected, is_alive, qmp_over, started, wait_until
-from integration.vm import BOOT_S, guest_files
+from integration.vm import BOOT_S, KERNEL_ARGUMENTS, SCRIPT_NAME, guest_files, port_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,6 +137,79 @@ def test_virtme_ng_runs_a_command_in_a_guest(dropin: list[str], guest_root: Path
     assert "of the tester's alone" in said
     assert "read-only" in said
     assert "script exited with code 3" in said
+
+
+@pytest.mark.slow
+@pytest.mark.guestfish
+def test_guestfish_makes_a_file_system(dropin: list[str], shared_tmp: Path) -> None:
+    """Its appliance has the test guest's kernel: a container, say, has none."""
+    with guest_files().initramfs.open("rb") as archive:
+        extract = ["cpio", "--extract", "--make-directories", "--quiet", "lib/modules/*"]
+        subprocess.run(extract, cwd=shared_tmp, stdin=archive, check=True)
+    (modules,) = (shared_tmp / "lib/modules").iterdir()
+    kernel = {"SUPERMIN_KERNEL": guest_files().kernel, "SUPERMIN_KERNEL_VERSION": modules.name, "SUPERMIN_MODULES": modules}
+    places = dict.fromkeys(("LIBGUESTFS_CACHEDIR", "TMPDIR", "HOME"), shared_tmp)
+    settings = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg", "LIBGUESTFS_HV": dropin[0]}
+    (shared_tmp / "disk").write_bytes(bytes(16 << 20))
+    commands = ["run", "part-disk /dev/sda mbr", "mkfs ext4 /dev/sda1", "mount /dev/sda1 /", "write /made there", "cat /made"]
+    done = subprocess.run(
+        ["guestfish", "-a", "disk"],
+        cwd=shared_tmp,
+        input="\n".join(commands),
+        capture_output=True,
+        text=True,
+        timeout=BOOT_S,
+        env={**os.environ, **{name: str(value) for name, value in {**kernel, **places, **settings}.items()}},
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "there\n", "")
+    assert (shared_tmp / "disk").read_bytes()[510:512] == b"\x55\xaa"
+
+
+@pytest.mark.mkosi
+def test_mkosi_boots_an_image(dropin: list[str], shared_tmp: Path) -> None:
+    """One that is there with its kernel: what mkosi makes images of is on the network.
+
+    It finds no swtpm: with a TPM, SeaBIOS gives a kernel that is started by PVH, as the test guest's is, no ACPI.
+    """
+    tools = shared_tmp / "tools"
+    tools.mkdir()
+    for name in ("qemu-system-x86_64", "newuidmap", "newgidmap"):
+        (tools / name).symlink_to(shutil.which(name) or "/nowhere")
+    image, script = shared_tmp / "image.raw", shared_tmp / "script"
+    image.write_bytes(b"of the image\n" + bytes((8 << 20) - 13))
+    script.write_text("modprobe virtio_blk; head -n 1 /dev/vda")
+    (shared_tmp / "image.vmlinuz").symlink_to(guest_files().kernel)
+    (shared_tmp / "image.initrd").symlink_to(guest_files().initramfs)
+    (shared_tmp / "image.cmdline").write_text(KERNEL_ARGUMENTS)
+    ports = [word for name in ("output", "status") for word in port_options(name, f"file,path={shared_tmp / name}")]
+    options = ["-no-reboot", "-fw_cfg", f"name={SCRIPT_NAME},file={script}", "-device", "virtio-serial-pci,id=ports", *ports]
+    settings = [
+        "--format",
+        "gpt_ext4",
+        "--output",
+        image.name,
+        "--qemu-boot",
+        "linux",
+        "--qemu-kvm",
+        "no",
+        "--qemu-headless",
+        "yes",
+    ]
+    done = subprocess.run(
+        ["/usr/bin/python3", "-m", "mkosi", "--distribution", "debian", *settings, "qemu", *options],
+        cwd=shared_tmp,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=BOOT_S,
+        env={**os.environ, "PATH": f"{Path(dropin[0]).parent}:{tools}", "HOME": str(shared_tmp)},
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert (shared_tmp / "output").read_text() == "of the image\n", said
 
 
 @pytest.mark.parametrize("program", LINES)

@@ -110,6 +110,8 @@ PROBES: dict[str, tuple[str, Callable[[], str | None]]] = {
     "libvirt": ("libvirt's session daemon and virsh", probe_libvirt),
     "systemd": ("systemd and nsenter", lambda: try_command("/usr/lib/systemd/systemd", "--version")),
     "apparmor_parser": ("apparmor_parser", lambda: try_command("/usr/sbin/apparmor_parser", "--version")),
+    "guestfish": ("guestfish", lambda: try_command("guestfish", "--version")),
+    "mkosi": ("mkosi", lambda: try_command("mkosi", "--version")),
     "passt": ("passt", lambda: try_command("passt", "--version")),
     "network_drives": ("QEMU's modules for network drives", probe_network_drives),
     "vde": ("vde_switch", lambda: try_command("vde_switch", "--version")),
