@@ -106,6 +106,30 @@ def test_a_missing_device_names_its_module(
         assert desc.endswith(f" {node}: there is no such device node ({remedy})")
 
 
+ABSENT = [
+    (node, options, remedy)
+    for node, options, remedy in (
+        ("/dev/sev", "-object sev-guest,id=s,cbitpos=47,reduced-phys-bits=1", "kvm_amd with sev=1"),
+        ("/dev/sgx_vepc", "-object memory-backend-epc,id=e,size=1M,prealloc=on", "CONFIG_X86_SGX_KVM"),
+        ("/dev/vhost-vdpa-0", "-netdev vhost-vdpa,id=n,vhostdev=/dev/vhost-vdpa-0", "modprobe vhost_vdpa"),
+        ("/dev/dri/renderD128", "-spice gl=on,rendernode=/dev/dri/renderD128", "load the graphics card's driver"),
+        ("/dev/dri", "-display egl-headless", "load the graphics card's driver"),
+        ("/dev/parport7", "-chardev parallel,id=p,path=/dev/parport7", "modprobe ppdev"),
+        ("/dev/bus/usb/099/099", "-device usb-host,hostdevice=/dev/bus/usb/099/099", "`lsusb` lists those that are"),
+        ("/dev/tpm9", "-tpmdev passthrough,id=t,path=/dev/tpm9", "the TPM switched on in the firmware"),
+    )
+    if not Path(node).exists()
+]
+
+
+@pytest.mark.parametrize(("node", "options", "remedy"), ABSENT, ids=lambda value: str(value)[:30])
+def test_a_node_that_is_not_there_is_refused_with_what_makes_it(launch: Launch, node: str, options: str, remedy: str) -> None:
+    error, hint = said(launch, *options.split())
+    assert error.startswith(options.split()[0])
+    assert error.endswith(f" {node}: {NO_NODE}")
+    assert remedy in hint
+
+
 @pytest.mark.ordinary
 def test_a_device_of_another_group_names_the_group(launch: Launch, shared_tmp: Path) -> None:
     error, hint = said(launch, "-object", "rng-random,id=r,filename=/dev/hwrng")

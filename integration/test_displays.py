@@ -13,7 +13,19 @@ import pytest
 
 from integration.brokered import served
 from integration.plugged import Client
-from integration.talk import DEADLINE_S, IDLE, PLAIN, Running, connected, outcome, running, started, supervisor_of, wait_until
+from integration.talk import (
+    DEADLINE_S,
+    IDLE,
+    PLAIN,
+    Running,
+    connected,
+    outcome,
+    running,
+    started,
+    supervisor_of,
+    wait_until,
+    words_of,
+)
 
 if TYPE_CHECKING:
     from integration.shares import Launch
@@ -59,8 +71,12 @@ def see_screen(path: Path) -> bytes:
 def link_spice(path: Path) -> bytes:
     """Begin with SPICE; return the magic of the answer."""
     with connected(path) as client:
-        client.sendall(SPICE_HELLO)
-        return receive(client, 4)
+        return greet_spice(client)
+
+
+def greet_spice(client: socket.socket) -> bytes:
+    client.sendall(SPICE_HELLO)
+    return receive(client, 4)
 
 
 def has_vnc(qemu: Running) -> bool:
@@ -93,9 +109,7 @@ def test_vnc_on_a_socket_says_and_offers_what_it_does_without_us(dropin: list[st
 
 
 @pytest.mark.parametrize("monitor", [[], ["-qmp", "unix:{}/qmp,server=on,wait=off"]], ids=["no monitor", "monitor"])
-def test_vnc_in_a_directory_of_the_callers_alone(
-    dropin: list[str], shared_tmp: Path, launch: Launch, monitor: list[str]
-) -> None:
+def test_vnc_in_a_directory_of_the_callers_alone(dropin: list[str], shared_tmp: Path, launch: Launch, monitor: list[str]) -> None:
     folder = shared_tmp / "private"
     folder.mkdir(mode=0o700)
     (folder / "secret").write_text("x")
@@ -111,9 +125,7 @@ def test_vnc_in_a_directory_of_the_callers_alone(
     wait_until(lambda: not path.exists(), "the socket gone")
 
 
-def test_spice_on_a_socket_is_served_and_reported_as_without_us(
-    dropin: list[str], shared_tmp: Path, launch: Launch
-) -> None:
+def test_spice_on_a_socket_is_served_and_reported_as_without_us(dropin: list[str], shared_tmp: Path, launch: Launch) -> None:
     path = shared_tmp / "private/spice"
     path.parent.mkdir(mode=0o700)
     seen = []
@@ -126,6 +138,22 @@ def test_spice_on_a_socket_is_served_and_reported_as_without_us(
         if words is dropin:
             wait_until(lambda: not path.exists(), "the socket gone")
     assert seen[0] == seen[1]
+
+
+def test_displays_on_the_network_are_qemus_own(dropin: list[str]) -> None:
+    for words in (dropin, PLAIN):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        displays = ["-vnc", "127.0.0.1:100,to=899", "-spice", f"port={port},addr=127.0.0.1,disable-ticketing=on"]
+        with running(words, *displays) as qemu:
+            assert [word for word in words_of(qemu.pid) if word in displays] == displays
+            vnc, spice = qemu.qmp.execute("query-vnc"), qemu.qmp.execute("query-spice")
+            assert (vnc["host"], spice["host"], spice["port"]) == ("127.0.0.1", "127.0.0.1", port)
+            with socket.create_connection(("127.0.0.1", int(vnc["service"]))) as client:
+                assert shake_hands(client) == bytes([NO_AUTHENTICATION])
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                assert greet_spice(client) == b"REDQ"
+            assert qemu.quit() == 0
 
 
 def test_only_the_first_of_two_displays_can_be_passed_a_socket(dropin: list[str], shared_tmp: Path) -> None:

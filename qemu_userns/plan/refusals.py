@@ -27,7 +27,7 @@ _REMEDIES = (
     ("/dev/vfio/devices/", "load vfio-pci of a kernel with CONFIG_VFIO_DEVICE_CDEV (Linux 6.6)"),
     _module("/dev/iommu", "iommufd"),
     _module("/dev/udmabuf", "udmabuf"),
-    ("/dev/dri/", "load the graphics card's driver; `ls /dev/dri` shows the nodes of those that have one"),
+    ("/dev/dri", "load the graphics card's driver; `ls /dev/dri` shows the nodes of those that have one"),
     _module("/dev/input/", "evdev"),
     _module("/dev/uinput", "uinput"),
     ("/dev/hidraw", "plug the device in; `ls /dev/hidraw*` shows the nodes of those that are"),
