@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from integration.libvirt import HOST_ADDRESS, Domain, LibvirtError, SystemLibvirt, UserLibvirt, disk, virsh_console
+from integration.libvirt import HOST_ADDRESS, Console, Domain, DomainGuest, LibvirtError, SystemLibvirt, UserLibvirt, disk, virsh_console
 from integration.talk import REAL, is_alive, map_of, status_of, wait_until
 from tests.conftest import TEST_USER, dropin_folder, remove_tree
 
@@ -95,8 +95,7 @@ def test_a_domain_gets_a_disk_a_network_and_a_console_and_starts_again(libvirt: 
         domain.virsh("detach-disk", "vda", "--live")
         guest.check(f"while [ -b /dev/vda ] || ip link | grep -q {MAC}; do sleep 0.1; done")
         with virsh_console(domain, "ua-talk") as console:
-            guest.check("echo from the guest >/dev/hvc0")
-            wait_until(lambda: b"from the guest" in console.read(), "what the guest says")
+            hear(guest, console)
             console.write(b"from the host\n")
             assert guest.check("head -n 1 /dev/hvc0") == "from the host\n"
         pid = domain.pid
@@ -173,8 +172,7 @@ def test_a_domain_of_a_users_session_has_a_console_and_migrates(folder: Path) ->
             domain.attach(f"<interface type='user'><mac address='{MAC}'/><model type='virtio'/></interface>")  # virsh has no word
             guest.check(f"until [ -b /dev/vda ] && ip link | grep -q {MAC}; do sleep 0.1; done; echo before >/dev/vda; sync")
             with virsh_console(domain, "ua-talk") as console:
-                guest.check("echo from the guest >/dev/hvc0")
-                wait_until(lambda: b"from the guest" in console.read(), "what the guest says")
+                hear(guest, console)
             pid = domain.pid
             arrived = domain.migrate(hosts[1], "tcp://127.0.0.1")
             wait_until(lambda: not is_alive(pid), "the end of the QEMU that the guest has left")
@@ -182,6 +180,13 @@ def test_a_domain_of_a_users_session_has_a_console_and_migrates(folder: Path) ->
                 assert_confined(arrived, AS_USER)
                 arrived.virsh("resume")
                 assert again.check("head -n 1 /dev/vda") == "before\n"
+
+
+def hear(guest: DomainGuest, console: Console) -> None:
+    """Have the guest say something until it is heard: what it says before libvirt has opened the terminal is lost."""
+    guest.check("(while echo from the guest >/dev/hvc0; do sleep 0.2; done) >/dev/null 2>&1 & echo $! >/tmp/speaker")
+    wait_until(lambda: b"from the guest" in console.read(), "what the guest says")
+    guest.check("kill $(cat /tmp/speaker)")
 
 
 def make_folder(path: Path) -> Path:

@@ -35,7 +35,9 @@ def open_socket(grant: "Listen | Connect | Monitor | QmpSocket | Display", privi
     """
     match grant:
         case Listen():
-            opened.take(_listen(grant.path, grant.given, privileged, 1, opened), grant.number)
+            fd = _listen(grant.path, grant.given, privileged, 1, opened)
+            os.set_blocking(fd, False)  # it may be a monitor's, see _open_monitor
+            opened.take(fd, grant.number)
         case Connect():
             _connect(grant, opened)
         case Monitor():
@@ -147,8 +149,8 @@ def _open_monitor(grant: Monitor, privileged: bool, opened: "Opened") -> None:
         if grant.kind in (LISTEN, CONNECT):
             opened.served += open_address(grant)
     private.listen(1)
-    # QEMU 7.2 looks at a new monitor's socket in two threads for a moment (monitor_qmp_setup_handlers_bh). The supervisor
-    # connects just then, one thread gets that, and the main thread would wait for another connection for ever.
+    # QEMU 7.2 looks at a new monitor's socket in two threads for a moment (monitor_qmp_setup_handlers_bh). Who listens for it
+    # has clients that connect just then: one thread gets that, and the main thread would wait for another connection for ever.
     private.setblocking(False)
     opened.served.append(way_in)
     (opened.take_over if grant.kind == FD else opened.take)(private.detach(), grant.number)
