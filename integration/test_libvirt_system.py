@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from integration.libvirt import HOST_ADDRESS, Console, Domain, DomainGuest, LibvirtError, SystemLibvirt, UserLibvirt, disk, virsh_console
+from integration.libvirt import (
+    HOST_ADDRESS,
+    Console,
+    Domain,
+    DomainGuest,
+    LibvirtError,
+    SystemLibvirt,
+    UserLibvirt,
+    disk,
+    virsh_console,
+)
 from integration.talk import REAL, is_alive, map_of, status_of, wait_until
 from tests.conftest import TEST_USER, dropin_folder, remove_tree
 
