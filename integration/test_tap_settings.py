@@ -172,12 +172,12 @@ class MadeNic(Nic):
         return ["-userns", f"tap.{self.name}.bridge=b0", *super().words()]
 
 
-def test_two_guests_talk_over_the_bridge(launch: Launch, shared_tmp: Path) -> None:
-    """One tap is there from the start, the other one is plugged in."""
+def test_two_guests_talk_over_the_bridge(shared_tmp: Path) -> None:
+    """One tap is there from the start, the other one is plugged in; the ids of one are leased, the other is somebody's."""
     first, second = MadeNic(1), MadeNic(2, queues=2)
     with contextlib.ExitStack() as stack:
-        one = Booted(stack, shared_tmp / "1", launch, [first])
-        two = Booted(stack, shared_tmp / "2", launch, [], ["-userns", f"tap.{second.name}.bridge=b0"])
+        one = Booted(stack, shared_tmp / "1", launches()[0], [first])
+        two = Booted(stack, shared_tmp / "2", launches()[-1], [], ["-userns", f"tap.{second.name}.bridge=b0"])
         two.plug(second, 0)
         for booted, nic in ((one, first), (two, second)):
             nic.find(booted.guest, f"10.8.0.{nic.number}/24")
