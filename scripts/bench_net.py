@@ -138,7 +138,7 @@ def sender(folder: Path, number: int, way: Way, accelerator: str) -> Iterator[Se
                 command = port_options("command", f"socket,fd={theirs.fileno()}")
                 started = plugged(folder / f"vm{number}", way.launch, *command, machine=machine, pass_fds=(theirs.fileno(),))
                 vm = stack.enter_context(started)
-            guest = Guest(ours)
+            guest = Guest(ours, home)
             find = f'dev=$(grep -l "^{mac}$" /sys/class/net/*/address | cut -d/ -f5); [ -n "$dev" ]'
             guest.check(f"modprobe virtio_net; {wait_for(find)}; ip addr add {address}.2/24 dev $dev && ip link set $dev up")
             listener = stack.enter_context(socket.create_server((f"{address}.1", 0)))
