@@ -349,6 +349,18 @@ def test_an_id_that_is_taken_costs_no_socket_and_no_file(compare: Compare) -> No
     compare(dialogue)
 
 
+def test_a_second_nbd_server_costs_no_socket_and_no_file(compare: Compare) -> None:
+    def dialogue(vm: Vm) -> list[Any]:
+        live, kept = vm.folder / "nbd", vm.folder / "kept"
+        kept.write_text("text")
+        seen: list[Any] = []
+        for path in (live, live, kept):
+            seen += [vm.qmp.ask("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}}), is_listening(live)]
+        return [*seen, kept.read_text(), vm.qmp.ask("nbd-server-stop")]
+
+    compare(dialogue)
+
+
 @pytest.mark.parametrize("how", ["qmp", "hmp", "change"])
 def test_character_devices_on_unix_sockets(compare: Compare, how: str) -> None:
     def dialogue(vm: Vm) -> list[Any]:

@@ -98,3 +98,17 @@ def test_the_data_of_a_snapshot_where_everything_is_below_the_directory_of_tempo
         ]
         wait_until(lambda: sorted(path.name for path in folder.iterdir()) == ["image", "log"], "the end of what was temporary")
         assert image.read_bytes() == bytes(65536)
+
+
+def test_a_directory_that_is_given_is_no_place_for_temporary_files_of_the_vms_own(launch: Launch) -> None:
+    """What is made there stays."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as made:
+        folder = Path(made)
+        folder.chmod(0o1777)
+        share = f"local,path={folder},mount_tag=t,security_model=mapped-xattr"
+        command = [*dropin_words(), *launch.options, *IDLE, "-M", "q35", "-snapshot", "-virtfs", share]
+        with started(command, env={**os.environ, "TMPDIR": str(folder)}) as process:
+            inside = Path(f"/proc/{process.pid}/root{folder}")
+            wait_until(inside.exists, "the view")
+            (folder / "made").touch()
+            assert (inside / "made").exists()

@@ -82,7 +82,8 @@ def _stronger(first: "Placed", second: "Placed") -> "Placed":
             why=first.why if first.why == second.why else f"{first.why}, {second.why}",
             idmap=first.idmap if first.idmap is not None else second.idmap,
         )
-    strength = (Link, Private, Bind, CreateDir, Copy, Node, Create)
+    # What the caller's files are in is no place for temporary ones that end with QEMU.
+    strength = (Link, Private, CreateDir, Bind, Copy, Node, Create)
     return max(first, second, key=lambda grant: strength.index(type(grant)))
 
 
@@ -92,8 +93,6 @@ def _equals(placed: "Placed", grant: "Placed") -> bool:
         same_file = grant.inode is None or placed.inode in (None, grant.inode)
         access = placed.writable >= grant.writable and placed.device >= grant.device
         return same_file and access and placed.idmap == grant.idmap
-    if isinstance(grant, Bind):
-        return isinstance(placed, CreateDir) and not grant.device and grant.idmap is None
     if isinstance(placed, Link) and isinstance(grant, Link):
         return placed.target == grant.target
     if isinstance(placed, Node) and isinstance(grant, Node):

@@ -15,13 +15,14 @@ from qemu_userns.qmp.message import (
     get_dict,
     not_found,
 )
+from qemu_userns.qmp.policy import HMP
 from qemu_userns.qmp.shared import Chore, DisplaySocket, is_own, restore_names, takes_rules
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from qemu_userns.qmp.actions import Prepared
+    from qemu_userns.qmp.actions import Owner, Prepared
     from qemu_userns.qmp.clients import Client, Opening
     from qemu_userns.qmp.message import Command, Reply
     from qemu_userns.qmp.shared import Job, Shared
@@ -222,25 +223,38 @@ _SPECIAL: "dict[str, Callable[[Shared, Client, Command], Job]]" = {
 }
 
 
-def ask_for_id(shared: "Shared", client: "Client", command: "Command", kind: str, name: str) -> "Job":
-    """Ask QEMU whether an id is free, before a tap is made for nothing, or a socket takes the place of what is at its path.
+def ask_first(shared: "Shared", client: "Client", command: "Command", owner: "Owner") -> "Job | None":
+    """Return how QEMU is asked what it would say of a command, None where it need not be asked.
 
-    QEMU looks at the id first (net_client_init1() of net/net.c, qmp_chardev_add() of chardev/char.c), and then for an fd that is
-    never there. Where it says something else than that, this is what it would say of the command.
+    It is before a tap is made for nothing, or a socket takes the place of what is at its path. QEMU looks at the id first
+    (net_client_init1() of net/net.c, qmp_chardev_add() of chardev/char.c), or at the server that it has (nbd_server_start() of
+    blockdev-nbd.c), and then for an fd that is never there. Not chardev-change: where it fails, QEMU 7.2 forgets the device.
     """
+    kind, name = owner
     nowhere = f"{_NOWHERE}{shared.token}"
+    address = {"type": "fd", "data": {"str": nowhere}}
+    if kind == "nbd-server":
+        return _ask(shared, client, command, shared.ask("nbd-server-start", addr=address), nowhere)
+    if kind != "netdev" and command.name != "chardev-add":
+        return None
+    if not name:
+        return run_command(shared, client, command)  # QEMU refuses it
     if kind == "netdev":
         question = shared.ask("netdev_add", type="tap", id=name, fd=nowhere)
     else:
-        address = {"type": "fd", "data": {"str": nowhere}}
         question = shared.ask("chardev-add", id=name, backend={"type": "socket", "data": {"addr": address, "server": False}})
+    return _ask(shared, client, command, question, nowhere)
+
+
+def _ask(shared: "Shared", client: "Client", command: "Command", question: bytes, nowhere: str) -> "Job":
+    """Ask; where QEMU says something else than that the fd is not there, this is what it would say of the command."""
     reply = yield question, ()
     error = get_dict(reply.value, "error")
     error_class, desc = error.get("class"), error.get("desc")
     if not isinstance(error_class, str) or not isinstance(desc, str) or nowhere in desc:
         if not client.gone:
             client.push_first(Turn(command, free=True))
-    elif command.name in ("netdev_add", "chardev-add"):
+    elif command.name != HMP:
         shared.tell_error(client, error_class, desc, command.id)
     else:
         shared.tell(client, build_return(f"Error: {desc}\r\n", command.id, shared.pretty))

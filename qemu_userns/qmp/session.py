@@ -15,7 +15,7 @@ QEMU is not trusted: what it sends that makes no sense ends the session, and it 
 
 from qemu_userns.qmp.actions import CloseClient, Log, Prepare, Prepared, SendQemu
 from qemu_userns.qmp.clients import Client, Line, Opening, Turn, list_fds
-from qemu_userns.qmp.jobs import ask_for_id, do_chore, greet, hand_over, negotiate, pass_malformed, run_command
+from qemu_userns.qmp.jobs import ask_first, do_chore, greet, hand_over, negotiate, pass_malformed, run_command
 from qemu_userns.qmp.message import (
     GENERIC,
     NEGOTIATE_FIRST,
@@ -278,9 +278,9 @@ class Session:
         elif self._is_allowed(client, command):
             if takes_rules(command) and shared.rules.needs_opening(command):
                 owner = None if free else shared.rules.owner_of(command.name, command.arguments)
-                if owner is not None and (owner[0] == "netdev" or command.name == "chardev-add"):
-                    job = ask_for_id(shared, client, command, *owner) if owner[1] else run_command(shared, client, command)
-                    self._start(job, client)  # without an id QEMU refuses it
+                job = None if owner is None else ask_first(shared, client, command, owner)
+                if job is not None:
+                    self._start(job, client)
                 else:
                     self._prepare(client, command)
             else:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Job = Generator[tuple[bytes, tuple[int, ...]], Reply, None]
     """A dialogue with QEMU: yields bytes (or none, to wait on) and fds, is sent the reply."""
 
-_DISPLAYS_MAX = 16  # sockets that wait for QEMU to take them
+_DISPLAYS_MAX = 64  # sockets that wait for QEMU to take them; a viewer of SPICE comes with some 20
 
 
 class Held(Record):

@@ -602,12 +602,12 @@ def test_a_display_that_takes_no_socket_is_logged_once_and_leaves_no_name() -> N
 def test_clients_of_a_display_do_not_pile_up_while_qemu_is_busy() -> None:
     session = start(1)
     session.receive_client(1, STATUS, ())
-    assert [session.give_display("spice", fd) for fd in range(100, 116)] == [[]] * 16
-    turned_away: list[Action] = [CloseFds((116,)), Log("spice: a client is turned away: 16 wait for QEMU")]
-    assert session.give_display("spice", 116) == turned_away
-    assert session.give_display("spice", 117) == [CloseFds((117,))]
+    assert [session.give_display("spice", fd) for fd in range(100, 164)] == [[]] * 64
+    turned_away: list[Action] = [CloseFds((164,)), Log("spice: a client is turned away: 64 wait for QEMU")]
+    assert session.give_display("spice", 164) == turned_away
+    assert session.give_display("spice", 165) == [CloseFds((165,))]
     assert session.receive_qemu(RUNNING) == [SendClient(1, RUNNING), SendQemu(TAKE, (100,))]
-    assert session.give_display("spice", 118) == []
+    assert session.give_display("spice", 166) == []
 
 
 def test_a_socket_of_a_display_is_closed_when_qemu_has_gone() -> None:
