@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -290,6 +291,19 @@ def test_what_qemu_refuses_is_taken_back(vm: Vm) -> None:
     qmp.refused("transaction", actions=[snapshot("none", new), snapshot("none", new.parent / "other")])
     qmp.execute("chardev-remove", id="taken")
     wait_until(lambda: not list(new.parent.iterdir()), "files gone again")
+
+
+def test_what_cannot_be_placed_is_taken_back(vm: Vm) -> None:
+    """From the host, which the process that made it has left for QEMU's view; before the client is answered."""
+    new = vm.folder / "new/file"
+    new.parent.mkdir()
+    pid = str(vm.process.pid)  # in whose user namespace a file of the view has its owner
+    kept = [] if ROOT else ["--preserve-credentials"]
+    subprocess.run(["nsenter", "-t", pid, "-U", *kept, "touch", f"/proc/{pid}/root{new.parent}"], check=True)
+    for _ in range(2):
+        why = vm.qmp.refused("chardev-add", id="c", backend={"type": "file", "data": {"out": str(new)}})
+        assert f"cannot place {new} in QEMU's view: Not a directory" in why
+        assert list(new.parent.iterdir()) == []
 
 
 def snapshot(name: str, path: Path) -> dict[str, object]:

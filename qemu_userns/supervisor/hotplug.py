@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qemu_userns.record import Plain
     from qemu_userns.sandbox.places import Shown
     from qemu_userns.supervisor.state import State
+    from qemu_userns.supervisor.worker import Tell
 
 
 class Job(Record):
@@ -48,15 +49,13 @@ class Job(Record):
 class _Collected(Opened):
     """What is open for a command: its fds go to QEMU by a socket, not under numbers."""
 
-    def __init__(self, layout: "tuple[Placed, ...]", pid: int) -> None:
-        super().__init__(layout, self._hold)
+    def __init__(self, layout: "tuple[Placed, ...]", pid: int, tell: "Tell") -> None:
+        def note(item: "Leftover | Downscript", fd: "int | None" = None) -> None:
+            tell(to_plain(item), () if fd is None else (fd,))
+
+        super().__init__(layout, note)
         self._pid = pid  # QEMU's
         self.fds: "dict[int, int]" = {}
-        self.held: "list[int]" = []  # owned fds that the supervisor holds for the scripts
-
-    def _hold(self, _: object, fd: "int | None" = None) -> None:
-        if fd is not None:
-            self.held.append(os.dup(fd))
 
     def take(self, fd: int, number: int) -> None:
         """Collect an fd; take ownership."""
@@ -67,38 +66,38 @@ class _Collected(Opened):
         raise_lock_limit(self._pid, limit_bytes)
 
 
-def open_command(job: Job) -> "tuple[Plain, list[int]]":
+def open_command(job: Job, tell: "Tell") -> "tuple[Plain, list[int]]":
     """Open what a command names; return the answer, and the fds that go with it.
 
     Should: run with the caller's rights, in a process of its own.
 
+    Args:
+        job: the command.
+        tell: told of each file before it is created, and of each script to run at the end, with an fd to hold until then.
+            They are the supervisor's to take back when this fails: where the host's tree has been left for QEMU's view, or the
+            process is killed, nobody else can.
+
     Raises:
-        QemuUsernsError: it cannot be opened; nothing is left behind.
+        QemuUsernsError: it cannot be opened or placed; nothing is left in the view.
     """
     os.umask(job.state.caller.umask)
     plan = _plan(job)
     for refusal in plan.find_refusals():
         raise ResourceError(refusal.why, refusal.reason, refusal.hint)
     layout, reused = _build_layout(job, plan)
-    opened = _Collected(layout, job.pid)
-    try:
-        open_grants(plan.grants, job.state.identity, None, opened)
-        shown = _place(job, opened)
-    except BaseException:
-        opened.undo()
-        _run_downscripts(opened.downscripts)
-        raise
+    opened = _Collected(layout, job.pid, tell)
+    open_grants(plan.grants, job.state.identity, None, opened)
+    shown = _place(job, opened)
     fdsets, names = plan.find_fdsets(), plan.find_names()
-    handed = Handed(layout, shown, tuple(opened.leftovers), reused, tuple(opened.downscripts))
     answer: "Plain" = {
         "text": plan.text.encode(errors="surrogateescape"),
         "fdsets": [[fdset, opaque] for fdset, _, opaque in fdsets],
         "names": [name for name, _ in names],
-        "handed": to_plain(handed),
+        "handed": to_plain(Handed(layout, shown, (), reused)),
         "twin": plan.name != job.name,
     }
     given = [*(number for _, number, _ in fdsets), *(number for _, number in names)]
-    return answer, [*(opened.fds[number] for number in given), *opened.held]
+    return answer, [opened.fds[number] for number in given]
 
 
 def take_back(
@@ -118,19 +117,15 @@ def take_back(
         QemuUsernsError: it cannot be taken back.
     """
     remove(created)
-    _run_downscripts(downscripts)
+    if downscripts:
+        from qemu_userns.host.scripts import run_downscripts
+
+        run_downscripts(downscripts)
     if not shown:
         return ()
     namespaces = open_namespaces(pid, pidfd, state.identity)
     _lock(lock)
     return unbind_running(shown, state.identity, namespaces)
-
-
-def _run_downscripts(downscripts: "Sequence[Downscript]") -> None:
-    if downscripts:
-        from qemu_userns.host.scripts import run_downscripts
-
-        run_downscripts(downscripts)
 
 
 def _plan(job: Job) -> "CommandPlan":

@@ -154,7 +154,7 @@ class Server:
         """Connect a monitor to its client; a host that does not answer must not stop the others, so in a worker."""
         monitor = broker.monitor
 
-        def connect() -> "tuple[Plain, list[int]]":
+        def connect(_: object) -> "tuple[Plain, list[int]]":
             from qemu_userns.host.sockets import open_address
 
             return None, open_address(_without_reconnect(monitor))

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from qemu_userns.record import Plain
     from qemu_userns.supervisor.poller import Poller
 
-    Work = Callable[[], tuple[Plain, list[int]]]
-    Done = Callable[[object, tuple[int, ...]], None]
+    Tell = Callable[[Plain, Sequence[int]], None]
+    Work = Callable[[Tell], tuple[Plain, list[int]]]
+    Hear = Callable[[object, tuple[int, ...]], None]
 
 _MOST_FDS = 253  # of one message: SCM_MAX_FD
+_TOLD, _DONE, _FAILED = b"+", b"=", b"!"  # what a message is
 
 
 class Failed:
@@ -43,16 +45,25 @@ class Failed:
         self.text = text
 
 
-def start_worker(poller: "Poller", work: "Work", done: "Done", timeout_s: float, kept: "tuple[int, ...]" = ()) -> None:
+def start_worker(
+    poller: "Poller",
+    work: "Work",
+    done: "Hear",
+    timeout_s: float,
+    kept: "tuple[int, ...]" = (),
+    told: "Hear | None" = None,
+) -> None:
     """Fork a child that works.
 
     Args:
         poller: calls back.
-        work: runs in the child; returns what marshal takes, and fds.
+        work: runs in the child, and is given a function that tells something at once, with fds that it borrows: it reaches us
+            even if the child is killed next. Returns what marshal takes, and fds.
         done: called here, later, with that and owned fds; or with `Failed`.
         timeout_s: after which the child is killed.
         kept: fds that it needs. No other stays open in it: a client or a path that the supervisor lets go of must not live on
             in a worker that takes long.
+        told: called here, before `done`, with each thing that is told and owned fds; only where nothing is told it may be None.
     """
     ends: "tuple[Socket, ...]" = ()
     try:
@@ -72,12 +83,15 @@ def start_worker(poller: "Poller", work: "Work", done: "Done", timeout_s: float,
 
     def hear(_: int) -> None:
         nonlocal over
+        kind, said, fds = _read_message(ours)
+        if kind == _TOLD and told is not None:
+            told(said, fds)
+            return
         over = True
         poller.unwatch(ours.fileno())
-        answer, fds = _read_answer(ours)
         ours.close()
         os.waitpid(pid, 0)
-        done(answer, fds)
+        done(said if kind == _DONE else Failed(str(said)), fds)
 
     def expire() -> None:
         if not over:
@@ -102,36 +116,37 @@ def _run_child(channel: "Socket", work: "Work", kept: "tuple[int, ...]") -> "NoR
 def _work(channel: "Socket", work: "Work") -> None:
     """Work, and answer."""
     try:
-        result, fds = work()
+        result, fds = work(lambda said, fds: _say(channel, _TOLD, said, fds))
     except QemuUsernsError as err:
-        _answer(channel, False, f"{err.what}: {err.why}" + (f" ({err.hint})" if err.hint else ""))
+        _say(channel, _FAILED, f"{err.what}: {err.why}" + (f" ({err.hint})" if err.hint else ""))
     except OSError as err:
-        _answer(channel, False, f"{err.filename or 'system call'}: {err.strerror or err}")
+        _say(channel, _FAILED, f"{err.filename or 'system call'}: {err.strerror or err}")
     else:
-        _answer(channel, True, result, fds)
+        _say(channel, _DONE, result, fds)
 
 
 def _report_bug(channel: "Socket") -> None:
     """Answer with what nobody expected, if that is how the work ends."""
     error = sys.exc_info()[1]
     if error is not None:
-        _answer(channel, False, describe_bug(error))
+        _say(channel, _FAILED, describe_bug(error))
 
 
-def _answer(channel: "Socket", fine: bool, result: "Plain", fds: "Sequence[int]" = ()) -> None:
-    """Send a result and fds; the result in a memfd, since a message has a limit, and a command of a client's hardly any."""
-    numbers = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (write_memory([fine, result]), *fds))
-    channel.sendmsg([b"!"], [(SOL_SOCKET, SCM_RIGHTS, numbers)])
+def _say(channel: "Socket", kind: bytes, said: "Plain", fds: "Sequence[int]" = ()) -> None:
+    """Send something and fds; it goes in a memfd, since a message has a limit, and a command of a client's hardly any."""
+    memory = write_memory(said)
+    numbers = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (memory, *fds))
+    channel.sendmsg([kind], [(SOL_SOCKET, SCM_RIGHTS, numbers)])
+    os.close(memory)
 
 
-def _read_answer(channel: "Socket") -> "tuple[object, tuple[int, ...]]":
-    """Return what a worker answers; it is our own child, but it may be dead."""
+def _read_message(channel: "Socket") -> "tuple[bytes, object, tuple[int, ...]]":
+    """Return what a message of a worker's is, says and brings; it is our own child, but it may be dead."""
     data, ancillary, flags, _ = channel.recvmsg(1, CMSG_SPACE(4 * _MOST_FDS), MSG_CMSG_CLOEXEC)
     numbers = b"".join(item for level, kind, item in ancillary if (level, kind) == (SOL_SOCKET, SCM_RIGHTS))
     fds = tuple(int.from_bytes(numbers[i : i + 4], sys.byteorder) for i in range(0, len(numbers), 4))
     if flags & MSG_CTRUNC or not data:
         for fd in fds:
             os.close(fd)
-        return Failed("too many files are open" if data else "it was given up, or took too long"), ()
-    fine, result = read_memory(fds[0])
-    return (result if fine else Failed(result)), fds[1:]
+        return _FAILED, "too many files are open" if data else "it was given up, or took too long", ()
+    return data, read_memory(fds[0]), fds[1:]

@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,6 +18,8 @@ from qemu_userns.supervisor.worker import Failed, start_worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from qemu_userns.supervisor.worker import Tell
 
 LARGE = bytes(4 << 20)
 GETFD = b"{'execute': 'getfd'}"
@@ -189,7 +191,7 @@ def test_no_worker_can_be_had(call: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(*((os, "fork") if call == "fork" else (worker, "socketpair")), fail)
     poller, answers = Poller(), []
-    start_worker(poller, lambda: (None, []), lambda answer, fds: answers.append(answer), 1)
+    start_worker(poller, lambda _: (None, []), lambda answer, fds: answers.append(answer), 1)
     assert answers == []  # later: who asks is in the middle of something
     poller.run_once(0)
     assert isinstance(answers[0], Failed)
@@ -198,7 +200,7 @@ def test_no_worker_can_be_had(call: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_workers_answer_may_be_of_any_size() -> None:
     poller, answers = Poller(), []
-    start_worker(poller, lambda: (LARGE, [0, 1]), lambda *answer: answers.append(answer), 10)
+    start_worker(poller, lambda _: (LARGE, [0, 1]), lambda *answer: answers.append(answer), 10)
     poller.run_once(10)
     ((data, fds),) = answers
     assert data == LARGE
@@ -207,11 +209,31 @@ def test_a_workers_answer_may_be_of_any_size() -> None:
         os.close(fd)
 
 
+def test_what_a_worker_told_is_known_when_it_is_killed() -> None:
+    def work(tell: Tell) -> tuple[None, list[int]]:
+        tell("first", ())
+        tell(LARGE, (0,))
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None, []
+
+    poller = Poller()
+    heard: list[Any] = []
+    start_worker(poller, work, lambda answer, _: heard.append(answer), 10, told=lambda *said: heard.append(said))
+    while len(heard) < 3:
+        poller.run_once(10)
+    first, (large, fds), end = heard
+    assert (first, large, len(fds)) == (("first", ()), LARGE, 1)
+    assert os.fstat(fds[0]) == os.fstat(0)
+    os.close(fds[0])
+    assert isinstance(end, Failed)
+    assert "given up" in end.text
+
+
 def test_a_worker_whose_supervisor_is_killed_ends() -> None:
     """And does not go on as a copy of it."""
     go, said = os.pipe(), os.pipe()
 
-    def work() -> tuple[None, list[int]]:
+    def work(_: object) -> tuple[None, list[int]]:
         os.write(said[1], b"works")
         os.read(go[0], 1)
         return None, []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import marshal
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qemu_userns.errors import ResourceError
 from qemu_userns.host.leftovers import Leftover
 from qemu_userns.plan.grants import Bind, Link
 from qemu_userns.plan.identity import build_owner_map
-from qemu_userns.qmp.actions import Prepare, Prepared, Release
+from qemu_userns.qmp.actions import Prepare, Prepared, Refused, Release
 from qemu_userns.record import from_plain, to_plain
 from qemu_userns.supervisor import hotplug
 from qemu_userns.supervisor.handed import CLASSES, Handed, Held
@@ -23,6 +25,7 @@ from tests.plans import LEASED
 
 if TYPE_CHECKING:
     from qemu_userns.record import Plain
+    from qemu_userns.supervisor.worker import Tell
 
 NO_STATE: Any = None
 
@@ -56,10 +59,12 @@ def test_the_inode_of_what_was_made_is_no_other_files_until_it_is_taken_back(
     path, moved = tmp_path.resolve() / "socket", tmp_path.resolve() / "moved"
     path.touch()
     found = path.lstat()
-    handed = Handed((), (), (Leftover(str(path), (found.st_dev, found.st_ino), True),), ())
+    made = Leftover(str(path), (found.st_dev, found.st_ino), True)
+    handed = Handed((), (), (made,), ())
 
-    def open_command(_: object) -> tuple[Plain, list[int]]:
-        return {"text": b"", "fdsets": [], "names": [], "handed": to_plain(handed), "twin": False}, []
+    def open_command(_: object, tell: Tell) -> tuple[Plain, list[int]]:
+        tell(to_plain(made), ())
+        return {"text": b"", "fdsets": [], "names": [], "handed": to_plain(Handed((), (), (), ())), "twin": False}, []
 
     def inside() -> list[bool]:
         poller, answers = Poller(), []
@@ -68,6 +73,7 @@ def test_the_inode_of_what_was_made_is_no_other_files_until_it_is_taken_back(
             opener.restore([Held(1, "m", ("chardev", "c"), (), handed)])
         else:
             opener.prepare(Prepare(1, 1, "chardev-add", "{}"), lambda _, answer: answers.append(answer))
+            poller.run_once(10)
             poller.run_once(10)
             assert isinstance(answers[0], Prepared)
         path.rename(moved)
@@ -78,3 +84,38 @@ def test_the_inode_of_what_was_made_is_no_other_files_until_it_is_taken_back(
 
     monkeypatch.setattr(hotplug, "open_command", open_command)
     assert in_child(inside) == [True, False]
+
+
+@pytest.mark.parametrize("end", ["fails", "is killed"])
+def test_what_a_command_had_made_goes_before_its_failure_is_told_and_before_another_looks(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path.resolve() / "socket"
+
+    def open_command(_: object, tell: Tell) -> tuple[Plain, list[int]]:
+        path.touch(exist_ok=False)
+        found = path.lstat()
+        tell(to_plain(Leftover(str(path), (found.st_dev, found.st_ino), False)), ())
+        if end == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ResourceError("command", "fails")
+
+    def inside() -> list[tuple[str, bool]]:
+        poller, seen = Poller(), []
+
+        def answer(_: int, said: Prepared | Refused) -> None:
+            assert isinstance(said, Refused)
+            seen.append((said.desc, path.exists()))
+
+        opener = Opener(NO_STATE, poller, lambda _: None, lambda: None)
+        opener.prepare(Prepare(1, 1, "chardev-add", "{}"), answer)
+        poller.run_once(10)  # what was made
+        poller.run_once(10)  # the failure: it is about to be removed
+        opener.prepare(Prepare(1, 2, "chardev-add", "{}"), answer)
+        while len(seen) < 2:
+            poller.run_once(10)
+        return seen
+
+    monkeypatch.setattr(hotplug, "open_command", open_command)
+    why = "command: fails" if end == "fails" else "it was given up, or took too long"
+    assert in_child(inside) == [(why, False)] * 2
