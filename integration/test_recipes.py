@@ -112,6 +112,21 @@ def guest_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def run_program(words: list[str], home: Path, said: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that starts a QEMU, and tell it something."""
+    return subprocess.run(
+        words,
+        cwd=home,
+        input=said,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=BOOT_S,
+        env={**os.environ, "HOME": str(home), **environment},
+        check=False,
+    )
+
+
 @pytest.mark.slow
 def test_virtme_ng_runs_a_command_in_a_guest(dropin: list[str], guest_root: Path, tmp_path: Path) -> None:
     """As root its standard streams are pipes that QEMU's leased id may not open by the names that virtme-ng gives them."""
@@ -121,17 +136,8 @@ def test_virtme_ng_runs_a_command_in_a_guest(dropin: list[str], guest_root: Path
     options += ["--append", "cryptomgr.notests no_timer_check"]
     programs = Path(sys.executable).parent
     vng = [str(programs / "vng"), *options, "--qemu", *dropin]
-    done = subprocess.run(
-        [*vng, "--", "echo uid $(id -u); cat /secret; touch /made || echo read-only; exit 3"],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=BOOT_S,
-        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}:/usr/sbin:/sbin", "HOME": str(tmp_path)},
-        check=False,
-    )
+    words = [*vng, "--", "echo uid $(id -u); cat /secret; touch /made || echo read-only; exit 3"]
+    done = run_program(words, tmp_path, PATH=f"{programs}:{os.environ['PATH']}:/usr/sbin:/sbin")
     said = done.stdout + done.stderr
     assert "uid 0" in said, said
     assert "of the tester's alone" in said
@@ -147,21 +153,16 @@ def test_guestfish_makes_a_file_system(dropin: list[str], shared_tmp: Path) -> N
         extract = ["cpio", "--extract", "--make-directories", "--quiet", "lib/modules/*"]
         subprocess.run(extract, cwd=shared_tmp, stdin=archive, check=True)
     (modules,) = (shared_tmp / "lib/modules").iterdir()
-    kernel = {"SUPERMIN_KERNEL": guest_files().kernel, "SUPERMIN_KERNEL_VERSION": modules.name, "SUPERMIN_MODULES": modules}
-    places = dict.fromkeys(("LIBGUESTFS_CACHEDIR", "TMPDIR", "HOME"), shared_tmp)
+    kernel = {
+        "SUPERMIN_KERNEL": str(guest_files().kernel),
+        "SUPERMIN_KERNEL_VERSION": modules.name,
+        "SUPERMIN_MODULES": str(modules),
+    }
+    places = dict.fromkeys(("LIBGUESTFS_CACHEDIR", "TMPDIR"), str(shared_tmp))
     settings = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg", "LIBGUESTFS_HV": dropin[0]}
     (shared_tmp / "disk").write_bytes(bytes(16 << 20))
     commands = ["run", "part-disk /dev/sda mbr", "mkfs ext4 /dev/sda1", "mount /dev/sda1 /", "write /made there", "cat /made"]
-    done = subprocess.run(
-        ["guestfish", "-a", "disk"],
-        cwd=shared_tmp,
-        input="\n".join(commands),
-        capture_output=True,
-        text=True,
-        timeout=BOOT_S,
-        env={**os.environ, **{name: str(value) for name, value in {**kernel, **places, **settings}.items()}},
-        check=False,
-    )
+    done = run_program(["guestfish", "-a", "disk"], shared_tmp, "\n".join(commands), **kernel, **places, **settings)
     assert (done.returncode, done.stdout, done.stderr) == (0, "there\n", "")
     assert (shared_tmp / "disk").read_bytes()[510:512] == b"\x55\xaa"
 
@@ -196,17 +197,8 @@ def test_mkosi_boots_an_image(dropin: list[str], shared_tmp: Path) -> None:
         "--qemu-headless",
         "yes",
     ]
-    done = subprocess.run(
-        ["/usr/bin/python3", "-m", "mkosi", "--distribution", "debian", *settings, "qemu", *options],
-        cwd=shared_tmp,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=BOOT_S,
-        env={**os.environ, "PATH": f"{Path(dropin[0]).parent}:{tools}", "HOME": str(shared_tmp)},
-        check=False,
-    )
+    words = ["/usr/bin/python3", "-m", "mkosi", "--distribution", "debian", *settings, "qemu", *options]
+    done = run_program(words, shared_tmp, PATH=f"{Path(dropin[0]).parent}:{tools}")
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert (shared_tmp / "output").read_text() == "of the image\n", said
