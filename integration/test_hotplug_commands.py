@@ -330,7 +330,7 @@ def test_a_character_device_on_pipes(compare: Compare) -> None:
     compare(dialogue)
 
 
-def test_an_id_that_is_taken_costs_no_socket_and_no_file(compare: Compare) -> None:
+def test_a_wrong_id_costs_no_socket_and_no_file(compare: Compare) -> None:
     """QEMU looks at the id before it puts a socket in the place of what is at its path."""
 
     def dialogue(vm: Vm) -> list[Any]:
@@ -343,6 +343,10 @@ def test_an_id_that_is_taken_costs_no_socket_and_no_file(compare: Compare) -> No
         seen: list[Any] = [vm.qmp.ask("chardev-add", id="taken", backend=backends[0])]
         inode = live.stat().st_ino
         seen += [vm.qmp.ask("chardev-add", id="taken", backend=backend) for backend in backends]
+        seen += [vm.qmp.ask("chardev-change", id="free", backend=backend) for backend in backends]
+        for path in (live, kept):
+            seen += [vm.qmp.hmp(f"chardev-add socket,id=taken,server=on,wait=off,path={path}")]
+            seen += [vm.qmp.hmp(f"chardev-change free socket,server=on,wait=off,path={path}")]
         seen += [live.stat().st_ino == inode, is_listening(live), kept.read_text()]
         return [*seen, vm.qmp.ask("chardev-remove", id="taken")]
 

@@ -228,17 +228,20 @@ def ask_first(shared: "Shared", client: "Client", command: "Command", owner: "Ow
 
     It is before a tap is made for nothing, or a socket takes the place of what is at its path. QEMU looks at the id first
     (net_client_init1() of net/net.c, qmp_chardev_add() of chardev/char.c), or at the server that it has (nbd_server_start() of
-    blockdev-nbd.c), and then for an fd that is never there. Not chardev-change: where it fails, QEMU 7.2 forgets the device.
+    blockdev-nbd.c), and then for an fd that is never there. Where chardev-change fails, QEMU 7.2 forgets the device: it is asked
+    for those that there are.
     """
     kind, name = owner
     nowhere = f"{_NOWHERE}{shared.token}"
     address = {"type": "fd", "data": {"str": nowhere}}
     if kind == "nbd-server":
         return _ask(shared, client, command, shared.ask("nbd-server-start", addr=address), nowhere)
-    if kind != "netdev" and command.name != "chardev-add":
+    if kind not in ("netdev", "chardev"):
         return None
     if not name:
         return run_command(shared, client, command)  # QEMU refuses it
+    if kind == "chardev" and command.name != "chardev-add":
+        return _look_for_chardev(shared, client, command, name)
     if kind == "netdev":
         question = shared.ask("netdev_add", type="tap", id=name, fd=nowhere)
     else:
@@ -258,6 +261,18 @@ def _ask(shared: "Shared", client: "Client", command: "Command", question: bytes
         shared.tell_error(client, error_class, desc, command.id)
     else:
         shared.tell(client, build_return(f"Error: {desc}\r\n", command.id, shared.pretty))
+
+
+def _look_for_chardev(shared: "Shared", client: "Client", command: "Command", name: str) -> "Job":
+    """Have QEMU refuse to change a character device that is not there, and HMP to add one that is."""
+    reply = yield shared.ask("query-chardev"), ()
+    devices = reply.value.get("return")
+    there = isinstance(devices, list) and any(isinstance(device, dict) and device.get("label") == name for device in devices)
+    changes = "chardev-change" in (command.name, *str(command.arguments.get("command-line")).split()[:1])
+    if there != changes:
+        yield from run_command(shared, client, command)
+    elif not client.gone:
+        client.push_first(Turn(command, free=True))
 
 
 def hand_over(shared: "Shared", opening: "Opening", prepared: "Prepared") -> "Job":
