@@ -112,3 +112,23 @@ def test_a_directory_that_is_given_is_no_place_for_temporary_files_of_the_vms_ow
             wait_until(inside.exists, "the view")
             (folder / "made").touch()
             assert (inside / "made").exists()
+
+
+def test_a_directory_of_temporary_files_does_not_grow_too_old(launch: Launch) -> None:
+    """systemd clears /var/tmp of what has not been used for a month, but for directories that somebody has locked."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as made:
+        folder = Path(made)
+        folder.chmod(0o1777)
+        rule, old, monitor = folder / "rule.conf", folder / "old", folder / "qmp"
+        rule.write_text(f"e {folder} - - - 0\nx {rule}\nx {monitor}\n")
+        options = ["-M", "q35", "-snapshot", "-qmp", f"unix:{monitor},server=on,wait=off"]
+        command = [*dropin_words(), *launch.options, *IDLE, *options]
+        with started(command, env={**os.environ, "TMPDIR": str(folder)}), connected(monitor) as connection:
+            client = Client(connection)
+            old.mkdir()
+            (own,) = folder.glob("qemu-userns.*")
+            subprocess.run(["systemd-tmpfiles", "--clean", rule], check=True)
+            assert not old.exists()
+            assert own.exists()
+            client.execute("quit")
+        wait_until(lambda: not own.exists(), "the end of what was temporary")

@@ -1,6 +1,7 @@
 """Files of a launch that have to go: all of them when it fails, the temporary ones when QEMU has ended."""
 
 import errno
+import fcntl
 import os
 import stat
 
@@ -53,17 +54,32 @@ def decode(text: str) -> "Leftover | Downscript":
 def hold(item: Leftover) -> "int | None":
     """Keep the inode of a file from being given to another one; return an owned fd that does, None if the file has gone.
 
-    File systems hand out a number again as soon as it is free, and the next VM may have the same paths.
+    File systems hand out a number again as soon as it is free, and the next VM may have the same paths. A directory is locked
+    too: what has not been used for a month is otherwise removed from /var/tmp (tmpfiles.d(5), "Age").
     """
     try:
         fd = os.open(item.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
     found = os.fstat(fd)
-    if (found.st_dev, found.st_ino) == item.inode:
-        return fd
-    os.close(fd)
-    return None
+    if (found.st_dev, found.st_ino) != item.inode:
+        os.close(fd)
+        return None
+    return _lock_directory(fd) if stat.S_ISDIR(found.st_mode) else fd
+
+
+def _lock_directory(place: int) -> int:
+    """Lock a directory; take ownership of its O_PATH fd, return an owned one."""
+    try:
+        fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return place
+    os.close(place)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return fd  # QEMU may have locked it itself
+    return fd
 
 
 def remove(leftovers: "Iterable[Leftover]", ended_pid: int = 0) -> None:
