@@ -1,12 +1,11 @@
 """What a share costs a guest: `scripts/bench share`.
 
 Each way to share has a guest of its own, under TCG, and a directory of its own on the same file system. All guests run the whole
-time, and stand still while one of them is measured. In each round all of them do one step after the other, in an order that is
-shuffled for each step, so that what else the machine does falls on all of them alike; ratios are those of one round. What the
-guest has cached is dropped first, and what it writes is flushed.
+time, and stand still while one of them is measured. In each round all of them do one step after the other, in pieces of a
+fraction of a second and in an order that is shuffled for each piece, so that what else the machine does falls on all of them
+alike; ratios are those of one piece. What the guest has cached is dropped first, and what it writes is flushed.
 
 Plain `local` is there twice: what the second differs from the first by is what the machine does, and no smaller one counts.
-Steps of a fraction of a second are done several times in a round.
 """
 
 import os
@@ -38,17 +37,22 @@ MOST_RATIO = 1.02
 
 MOUNT_9P = f"mount -t 9p -o trans=virtio,version=9p2000.L,msize={MSIZE} bench /mnt"
 MOUNT_VIRTIOFS = "mount -t virtiofs bench /mnt"
-NAMES = f"cd /mnt; seq {FILES} |"
-# Each with its name and the command whose time counts, in this order: a step needs what an earlier one leaves.
-STEPS = (
-    (f"write {SIZE_MIB} MiB", f"dd if=/dev/zero of=/mnt/large bs=1M count={SIZE_MIB} conv=fsync"),
-    (f"read {SIZE_MIB} MiB", "dd if=/mnt/large of=/dev/null bs=1M"),
-    (f"create {FILES} files", f"{NAMES} xargs touch"),
-    (f"stat {FILES} files", f"{NAMES} xargs stat -c %i >/dev/null"),
-    (f"unlink {FILES} files", f"{NAMES} xargs rm"),
-)
+TIMES, PIECE = 5, 200
 
-SHORT, TIMES = 2, 5  # the first steps take a fraction of a second
+
+def divide_names(command: str) -> tuple[str, ...]:
+    """Return what gives a command the names of all files, a piece at a time."""
+    return tuple(f"cd /mnt; seq {first} {first + PIECE - 1} | xargs {command}" for first in range(1, FILES, PIECE))
+
+
+# Each with its name and the commands whose time counts, in this order: a step needs what an earlier one leaves.
+STEPS = (
+    (f"write {SIZE_MIB} MiB", (f"dd if=/dev/zero of=/mnt/large bs=1M count={SIZE_MIB} conv=fsync",) * TIMES),
+    (f"read {SIZE_MIB} MiB", ("dd if=/mnt/large of=/dev/null bs=1M",) * TIMES),
+    (f"create {FILES} files, {PIECE} at a time", divide_names("touch")),
+    (f"stat {FILES} files, {PIECE} at a time", divide_names("stat -c %i >/dev/null")),
+    (f"unlink {FILES} files, {PIECE} at a time", divide_names("rm")),
+)
 
 PLAIN, PROXY, PLAIN_VIRTIOFS = "plain -fsdev local", "plain -fsdev proxy", "plain virtiofsd"
 AGAIN = "plain local, once more"
@@ -194,7 +198,7 @@ def start_guest(way: Way, folder: Path) -> Iterator[RunningGuest]:
 
 
 def measure(guests: dict[str, RunningGuest], rounds: int | None) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of each step, by way and by step, one for each round."""
+    """Return the seconds of each piece, by way and by step."""
     times: dict[str, dict[str, list[float]]] = {name: {step: [] for step, _ in STEPS} for name in guests}
     end = time.monotonic() + BUDGET_S
     longest = 0.0
@@ -202,8 +206,8 @@ def measure(guests: dict[str, RunningGuest], rounds: int | None) -> dict[str, di
         began = time.monotonic()
         if rounds is None and number and began + longest > end:
             break
-        for index, (step, command) in enumerate(STEPS):
-            for _ in range(TIMES if index < SHORT else 1):
+        for step, commands in STEPS:
+            for command in commands:
                 for name in random.sample(list(guests), len(guests)):
                     times[name][step].append(time_step(guests[name], command))
         for guest in guests.values():
@@ -221,8 +225,9 @@ def time_step(guest: RunningGuest, command: str) -> float:
 
 
 def report(times: dict[str, dict[str, list[float]]]) -> None:
-    """Print medians with median absolute deviations: seconds, and the ratio to plain local of the same round."""
-    rounds = len(times[PLAIN][STEPS[-1][0]])
+    """Print medians with median absolute deviations: seconds, and the ratio to plain local of the same piece."""
+    last, commands = STEPS[-1]
+    rounds = len(times[PLAIN][last]) // len(commands)
     print(f"{rounds} rounds, msize {MSIZE >> 10} KiB; seconds and ratio to {PLAIN}: median and median absolute deviation\n")
     for step, _ in STEPS:
         print(step)
@@ -249,7 +254,7 @@ def print_goals(times: dict[str, dict[str, list[float]]]) -> None:
 
 
 def divide(above: list[float], below: list[float]) -> list[float]:
-    """Return the ratios of the same rounds."""
+    """Return the ratios of the same pieces."""
     return [one / other for one, other in zip(above, below, strict=True)]
 
 
