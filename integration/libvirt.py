@@ -67,6 +67,10 @@ class Libvirt:
         settings.write_text(f'log_level = 3\nlog_outputs = "3:file:{self._log}"\nhost_uuid = "{uuid.uuid4()}"\n')
         self.daemon = [LIBVIRTD, "-f", str(settings), "--pid-file", str(self._pid_file)]
 
+    @property
+    def pid(self) -> int:
+        return int(self._pid_file.read_text())
+
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
         """Run the daemon; its domains stay when it goes."""
@@ -138,6 +142,20 @@ class UserLibvirt(Libvirt):
         shutil.chown(path, self._user, self._user)
 
 
+class HostLibvirt(Libvirt):
+    """The running system daemon of a test host, with its own folders."""
+
+    uri = "qemu:///system"
+    socket_file = "/run/libvirt/libvirt-sock"
+    pid_files = "/run/libvirt/qemu"
+    qemu_logs = "/var/log/libvirt/qemu"
+
+    def __init__(self, folder: Path) -> None:
+        """Take `folder`, which exists, for the domains' files."""
+        super().__init__(folder)
+        self.environment = dict(os.environ)
+
+
 class SystemLibvirt(Libvirt):
     """A running system daemon, root's.
 
@@ -185,10 +203,6 @@ class SystemLibvirt(Libvirt):
         private = ["unshare", "--mount", "--uts", "--propagation", "private"]
         self.daemon = [*network, *private, "sh", "-c", "\n".join(lines), "sh", *self.daemon]
 
-    @property
-    def pid(self) -> int:
-        return int(self._pid_file.read_text())
-
     def end_programs(self) -> None:
         """End what a failure leaves behind, and remove what libvirt's own folder was mounted on, if that was all."""
         super().end_programs()
@@ -204,8 +218,8 @@ def _environment_of(pid: int) -> str:
 class Domain:
     """The test guest as a domain; its files are in a folder beside libvirt's."""
 
-    def __init__(self, libvirt: Libvirt, name: str, emulator: str) -> None:
-        self.libvirt, self.name, self.emulator = libvirt, name, emulator
+    def __init__(self, libvirt: Libvirt, name: str, emulator: str, accelerator: str = "qemu") -> None:
+        self.libvirt, self.name, self.emulator, self.accelerator = libvirt, name, emulator, accelerator
         self.home = libvirt.folder / name
         self.home.mkdir()
         libvirt.own(self.home)
@@ -293,7 +307,7 @@ class Domain:
     def _describe(self, devices: Sequence[str]) -> str:
         files = guest_files()
         return f"""
-            <domain type='qemu'>
+            <domain type='{self.accelerator}'>
               <name>{self.name}</name>
               <memory unit='MiB'>256</memory>
               <vcpu>1</vcpu>

@@ -56,11 +56,12 @@ class Suite(NamedTuple):
 
 
 LXD, INCUS = ("lxd", "lxd-client", "gdisk", "seabios"), ("incus", "qemu-system-modules-spice", "virtiofsd")
+LIBVIRT = ("libvirt-daemon-system", "libvirt-clients")
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("bookworm", "3.11", LXD),
-        Suite("trixie", "3.13", (*LXD, *INCUS)),
+        Suite("bookworm", "3.11", (*LXD, *LIBVIRT)),
+        Suite("trixie", "3.13", (*LXD, *INCUS, *LIBVIRT)),
         Suite("trixie-backports", "3.13"),
     )
 }

@@ -48,8 +48,8 @@ TABLES = (
 # The virtiofsd that bookworm does not have, and backports bring no package of.
 VIRTIOFSD = ("integration/test_virtiofsd_host.py",)
 
-# LXD's two versions of QEMU, and Incus. They and their VMs: four minutes on a quiet machine.
-DAEMONS = ("integration/test_lxd_host.py",)
+# LXD's two versions of QEMU, Incus, and libvirt. They and their VMs: five minutes on a quiet machine.
+DAEMONS = ("integration/test_lxd_host.py", "integration/test_libvirt_host.py")
 
 
 class Selection(NamedTuple):
