@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 
 from integration.plugged import plugged
 from integration.shares import Launch, dropin_words
-from integration.talk import fds_of, outcome, wait_until
+from integration.talk import REAL, as_user, fds_of, home_of, outcome, started, wait_until
+from integration.test_hotplug_guest import wait_for
+from integration.vm import running_guest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,6 +139,59 @@ def test_a_pci_device_is_plugged_in(launch: Launch, shared_tmp: Path, spare_nic:
         vm.qmp.execute("device_add", driver="vfio-pci", id="v", host=spare_nic)
         assert any(target.startswith("anon_inode:[vfio-device]") for target in fds_of(vm.process.pid).values())
         assert int((vm.proc / "limits").read_text().split("Max locked memory")[1].split()[0]) >= 1056 << 20
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("hard_mib", [2048, 8])
+def test_a_user_who_may_open_the_group_gets_a_pci_device_if_his_limit_is_enough(
+    unprivileged_user: str, shared_tmp: Path, spare_nic: str, hard_mib: int
+) -> None:
+    """The soft limit is raised for QEMU, which may not lock more by CAP_IPC_LOCK in its user namespace."""
+    node, qmp = Path("/dev/vfio", Path(f"/sys/bus/pci/devices/{spare_nic}/iommu_group").resolve().name), shared_tmp / "qmp"
+    shared_tmp.chmod(0o777)
+    shutil.chown(node, "root", "kvm")
+    options = [*PC, "-device", f"vfio-pci,host={spare_nic}", "-qmp", f"unix:{qmp},server=on,wait=off"]
+    words = ["prlimit", f"--memlock={8 << 20}:{hard_mib << 20}", "--", *as_user(unprivileged_user, *dropin_words()), *options]
+    env = home_of(unprivileged_user)
+    node.chmod(0o600)
+    assert f"-device vfio-pci {node}: it belongs to 0:" in outcome(words, env=env)[2]
+    node.chmod(0o660)
+    without_group = [word for word in words if word != "--init-groups"]
+    without_group.insert(without_group.index("--regid"), "--clear-groups")
+    remedy = f"its group is kvm: usermod -aG kvm {unprivileged_user}, and log in again"
+    assert remedy in outcome(without_group, env=env)[2]
+    if hard_mib == 8:
+        stderr = outcome(words, env=env)[2]
+        assert "RLIMIT_MEMLOCK (hard) is 8192 KiB, and " in stderr
+        return
+    with started(words, env=env) as process:
+        wait_until(qmp.exists, "QEMU's monitor")
+        wait_until(lambda: any("[vfio-device]" in target for target in fds_of(process.pid).values()), "the device")
+        assert int(Path(f"/proc/{process.pid}/limits").read_text().split("Max locked memory")[1].split()[0]) >= 1056 << 20
+
+
+@pytest.mark.root
+def test_no_kernel_of_debians_has_iommufd(launch: Launch, shared_tmp: Path, spare_nic: str) -> None:
+    """What it and a device of it lack is named; of QEMU before 9, which has no such object, by itself."""
+    words = [*dropin_words(), *launch.options, *PC]
+    plain = outcome([REAL], *PC, "-object", "iommufd,id=i")[2]
+    status, _, stderr = outcome(words, "-object", "iommufd,id=i")
+    assert status == 1
+    if "invalid object type" in plain:
+        assert stderr == plain
+        return
+    assert stderr == (
+        "qemu-userns: -object iommufd /dev/iommu: there is no such device node\n"
+        "hint: load the kernel's module iommufd: modprobe iommufd\n"
+    )
+    lacks = "the device has no node of its own, by which iommufd takes it"
+    remedy = "load vfio-pci of a kernel with CONFIG_VFIO_DEVICE_CDEV (Linux 6.6)"
+    status, _, stderr = outcome(words, "-device", f"vfio-pci,host={spare_nic},iommufd=i")
+    assert (status, stderr) == (1, f"qemu-userns: -device host {spare_nic}: {lacks}\nhint: {remedy}\n")
+    with plugged(shared_tmp / "vm", launch, machine=PC) as vm, vm.balanced():
+        assert "/dev/iommu: there is no such device node" in vm.qmp.refused("object-add", qom_type="iommufd", id="i")
+        desc = vm.qmp.refused("device_add", driver="vfio-pci", host=spare_nic, iommufd="i")
+        assert desc == f"device_add host {spare_nic}: {lacks} ({remedy})"
 
 
 # --- block and SCSI devices ---------------------------------------------------------------------------------------------
@@ -282,3 +339,33 @@ def test_memory_of_a_graphics_card(launch: Launch, shared_tmp: Path) -> None:
             "qemu-userns: -device blob /dev/udmabuf: there is no such device node\n"
             "hint: load the kernel's module udmabuf: modprobe udmabuf\n",
         )
+
+
+# --- in a guest -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+@pytest.mark.kvm
+@pytest.mark.slow
+def test_a_guest_with_linux_uses_devices_of_the_hosts(
+    launch: Launch, shared_tmp: Path, spare_nic: str, scsi_disk: tuple[Path, Path]
+) -> None:
+    """A network card, a disk by SG_IO, a CD and a USB device."""
+    disk = scsi_disk[0]
+    disk.write_bytes(b"of the host\n" + bytes(500))
+    tablet = next(path.parent for path in Path("/sys/bus/usb/devices").glob("*/product") if "Tablet" in path.read_text())
+    bus, address = ((tablet / name).read_text().strip() for name in ("busnum", "devnum"))
+    extra = [
+        *("-device", f"vfio-pci,host={spare_nic}", "-device", "virtio-scsi-pci,id=scsi"),
+        *("-drive", f"file={disk},format=raw,if=none,id=g", "-device", "scsi-block,drive=g,bus=scsi.0"),
+        *("-blockdev", "host_cdrom,node-name=cd,filename=/dev/sr0,read-only=on", "-device", "scsi-cd,drive=cd,bus=scsi.0"),
+        *("-device", "qemu-xhci", "-device", f"usb-host,hostbus={bus},hostaddr={address}"),
+    ]
+    with running_guest([*dropin_words(), *launch.options], tmp=shared_tmp, extra=extra, accel="kvm") as guest:
+        guest.check("modprobe -a e1000e virtio_scsi sd_mod sr_mod xhci_pci")
+        guest.check(wait_for("cat /sys/class/net/*/address | grep -q 52:54:00:12:34:56"))
+        guest.check(wait_for("[ -b /dev/sda ] && [ -b /dev/sr0 ]"))
+        assert guest.check("cat /sys/block/sda/device/model; head -n 1 /dev/sda").split() == ["scsi_debug", "of", "the", "host"]
+        with Path("/dev/sr0").open("rb") as cd:
+            assert guest.check("md5sum </dev/sr0 | cut -c 1-32") == f"{hashlib.file_digest(cd, 'md5').hexdigest()}\n"
+        guest.check(wait_for("cat /sys/bus/usb/devices/*/product | grep -q 'QEMU USB Tablet'"))

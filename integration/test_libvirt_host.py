@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from integration.daemons import kernel_log
-from integration.libvirt import Domain, HostLibvirt, LibvirtError
+from integration.libvirt import Domain, HostLibvirt, LibvirtError, disk
 from integration.talk import map_of
 from tests.conftest import CHECKOUT, dropin_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = [pytest.mark.root, pytest.mark.host, pytest.mark.libvirt, pytest.mark.kvm, pytest.mark.dropin, pytest.mark.slow]
 
@@ -60,8 +60,11 @@ def hook(action: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def find_denials() -> list[str]:
-    return [line for line in kernel_log() if "DENIED" in line and "libvirt" in line]
+@pytest.fixture
+def denials() -> Callable[[], list[str]]:
+    """What AppArmor has forbidden since."""
+    before = len(kernel_log())
+    return lambda: [line for line in kernel_log()[before:] if "DENIED" in line]
 
 
 def profile_of(pid: int | str) -> str:
@@ -75,16 +78,22 @@ def test_without_the_hook_the_daemon_may_not_execute_an_entry(libvirt: HostLibvi
             domain.define()
 
 
-def test_a_confined_daemon_starts_a_confined_domain(libvirt: HostLibvirt) -> None:
+def test_a_confined_daemon_starts_a_confined_domain(
+    libvirt: HostLibvirt, request: pytest.FixtureRequest, denials: Callable[[], list[str]]
+) -> None:
+    """What QEMU may only read, kernels and disks, libvirt's profile forbids to write, without a word in the log."""
     with hooked(), libvirt.serving():
-        domain = Domain(libvirt, "vm", HOOKED, "kvm")
+        domain = Domain(libvirt, request.node.callspec.id, HOOKED, "kvm")
         domain.define()
-        image = domain.make_disk("a.qcow2", "-f", "qcow2")
+        image, read_only = domain.make_disk("a.qcow2", "-f", "qcow2"), domain.make_disk("b.raw", "-f", "raw")
         with domain.started() as guest:
             assert profile_of(libvirt.pid) == "libvirtd (enforce)"
             assert profile_of(domain.pid) == f"libvirt-{domain.virsh('domuuid')} (enforce)"
             assert map_of(domain.pid, "uid")[0][0] == 0
             domain.virsh("attach-disk", str(image), "vda", "--targetbus", "virtio", "--subdriver", "qcow2", "--live")
-            guest.check("modprobe virtio_blk; until [ -b /dev/vda ]; do sleep 0.1; done; echo first >/dev/vda; sync")
+            domain.attach(disk(read_only, "vdb", "raw").replace("</disk>", "<readonly/></disk>"))
+            guest.check("modprobe virtio_blk; until [ -b /dev/vda ] && [ -b /dev/vdb ]; do sleep 0.1; done")
+            guest.check("echo first >/dev/vda && sync && ! echo second >/dev/vdb")
             domain.virsh("detach-disk", "vda", "--live")
-        assert find_denials() == []
+            domain.virsh("detach-disk", "vdb", "--live")
+        assert denials() == []

@@ -7,7 +7,7 @@ from qemu_userns.hooks.files import read_text
 from qemu_userns.hooks.steps import Fault
 
 # For the launcher and the supervisor: QEMU has no capability outside its user namespace. The view is built below a root that
-# AppArmor sees as "/": from then on the view says what QEMU can reach, not the profile.
+# AppArmor sees as "/": from then on the view says what QEMU can reach, not the profile. unshare.so is python-unshare's.
 _PROFILE = """\
 {userns}capability chown,
 capability fowner,
@@ -15,7 +15,9 @@ capability fsetid,
 capability mknod,
 capability setpcap,
 capability sys_admin,
+capability sys_chroot,
 capability sys_ptrace,
+capability sys_resource,
 mount,
 umount,
 pivot_root,
@@ -23,6 +25,7 @@ ptrace (read),
 unix,
 / r,
 /** rwlk,
+/**/unshare*.so m,
 "{directory}/qemu-system-*" ix,
 "{python}" ix,
 /{{,usr/,usr/local/}}bin/qemu-system-* mrix,

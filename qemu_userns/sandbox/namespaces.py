@@ -50,7 +50,8 @@ def join(namespaces: "tuple[int, ...]") -> None:
             process.setns(fd, 0)
             os.close(fd)
     except OSError as err:
-        raise SandboxError("cannot enter QEMU's namespaces", err.strerror or str(err), rule="capability sys_admin,") from err
+        rule = "capability sys_admin, capability sys_chroot,"
+        raise SandboxError("cannot enter QEMU's namespaces", err.strerror or str(err), rule=rule) from err
 
 
 def leave_network() -> None:
@@ -88,7 +89,12 @@ class NamespaceLimits:
             os.close(proc)
         except OSError as err:
             hint = "make /proc/sys writable; containers often hide it"
-            raise SandboxError("cannot forbid namespaces inside QEMU's", f"/proc/sys/user: {err.strerror}", hint) from err
+            raise SandboxError(
+                "cannot forbid namespaces inside QEMU's",
+                f"/proc/sys/user: {err.strerror}",
+                hint,
+                rule="capability sys_resource,",
+            ) from err
 
     def forbid_all(self) -> None:
         """Set them to zero, and close them.

@@ -3,11 +3,13 @@
 Theory of operation. Everything here happens in QEMU's mount namespace, with capabilities in its user namespace, while QEMU runs.
 There are three kinds of directories in a view:
 
-* The root, a tmpfs that is mounted read-only. Places are made in it through a detached copy of that mount which alone is
-  writable; QEMU's own mount never is.
+* The root, a tmpfs that is mounted read-only.
 * Private file systems in memory (/tmp, /run, /var/tmp), in which QEMU may put what it likes, at any time. What it put at a place
   is covered by the mount, or the place is refused; it is never followed.
 * Binds of the host. What is there on the host is there in the view, and nothing is ever made in them.
+
+Places are made through a detached mount of the directory, which alone is writable: QEMU's own mount of the root never is. And to
+AppArmor they have no other path then but their name: libvirt's profiles deny to write what QEMU may only read by its path.
 
 Every path is resolved below the view's root with openat2 and no symlinks, and a mount is attached to an fd that was looked at.
 Directories that are made carry the sticky bit, which means nothing in them, and tells them from those of the launch later.
@@ -53,7 +55,6 @@ class RunningView:
         self._process = process
         self._host = host
         self._root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._copy: "int | None" = None
 
     def attach(self, path: str, fd: int) -> Shown:
         """Attach a detached mount at a path; take ownership of `fd`.
@@ -202,28 +203,17 @@ class RunningView:
         """Return an owned fd of a directory of the VM's own, in which entries can be made.
 
         Raises:
-            OSError: ENOENT when the directory is the host's; ESTALE when the copy of the root shows another one.
+            OSError: ENOENT when the directory is the host's.
         """
         parent = mount.openat2(self._root, directory[1:] or ".", os.O_PATH | os.O_DIRECTORY, _TARGET)
-        found = _inode(os.fstat(parent))
-        code = None
-        if found == self._host.get(directory):
-            code = errno.ENOENT
-        elif found[0] == os.fstat(self._root).st_dev:
+        try:
+            if _inode(os.fstat(parent)) == self._host.get(directory):
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
+            copy = mount.open_tree(parent, "", mount.OPEN_TREE_CLONE | mount.AT_EMPTY_PATH)
+        finally:
             os.close(parent)
-            parent = mount.openat2(self._open_copy(), directory[1:] or ".", os.O_PATH | os.O_DIRECTORY, _TARGET)
-            code = None if _inode(os.fstat(parent)) == found else errno.ESTALE
-        if code is not None:
-            os.close(parent)
-            raise OSError(code, os.strerror(code), directory)
-        return parent
-
-    def _open_copy(self) -> int:
-        """Return the fd, which stays this object's, of a detached copy of the root's mount that is writable."""
-        if self._copy is None:
-            self._copy = mount.open_tree(self._root, "", mount.OPEN_TREE_CLONE | mount.AT_EMPTY_PATH)
-            mount.mount_setattr(self._copy, "", mount.AT_EMPTY_PATH, 0, attr_clr=mount.MOUNT_ATTR_RDONLY)
-        return self._copy
+        mount.mount_setattr(copy, "", mount.AT_EMPTY_PATH, 0, attr_clr=mount.MOUNT_ATTR_RDONLY)
+        return copy
 
     def _find_mount_id(self, fd: int) -> int:
         """Return the id of the mount that an fd is on."""

@@ -5,8 +5,9 @@ capability and the host's tree is still its root:
 
 1. The copies of the host's mounts are slaves (host/usernamespace.py): what is mounted on the host later still arrives in
    them, nothing of ours goes back.
-2. A tmpfs is attached over "/". The process's root stays the host's, so paths still mean the host's files, while
-   the new root is reached through its fd alone.
+2. A tmpfs is attached over "/", and a directory of it once more over itself: the new root. The process's root stays the
+   host's, so paths still mean the host's files, while the new root is reached through its fd alone. To AppArmor what is made
+   there has the path that it has in the tmpfs: libvirt's profiles deny to write what QEMU may only read by the path of that.
 3. Each grant of the layout is placed below that fd. A bind is a detached copy of a host mount (open_tree), made
    read-only, nosuid and nodev while nobody can see it, and then attached (move_mount). A root caller's copies were
    made while it was still root (host/opening.py), because QEMU's id may not be able to walk to them.
@@ -32,11 +33,9 @@ if TYPE_CHECKING:
     from qemu_userns.plan.layout import Placed
 
 _TARGET = mount.RESOLVE_IN_ROOT | mount.RESOLVE_NO_SYMLINKS | mount.RESOLVE_NO_MAGICLINKS
-# Where files and nodes of our own lie before they are bound to their places.
 _PLACE_RULE = "mount, / r, /** rwlk,"
-_STAGING = ".qemu-userns"
-_FILES = f"{_STAGING}/files"
-_NODES = f"{_STAGING}/nodes"
+# In the tmpfs: where files and nodes of our own lie before they are bound to their places, and the new root.
+_FILES, _NODES, _VIEW = "qemu-userns.files", "qemu-userns.nodes", "qemu-userns.view"
 
 
 def build_view(opened: "Opened", cwd: str) -> None:
@@ -52,13 +51,16 @@ def build_view(opened: "Opened", cwd: str) -> None:
     Raises:
         SandboxError: a step failed.
     """
-    root = _cover_root(opened.nodes_fd)
+    staging = _cover_root(opened.nodes_fd)
+    root = mount.open_tree(staging, _VIEW, mount.OPEN_TREE_CLONE)
+    mount.move_mount(root, "", staging, _VIEW, mount.MOVE_MOUNT_F_EMPTY_PATH)
     made: "set[str]" = set()
     for grant in opened.layout:
         try:
-            _place(root, grant, opened, made)
+            _place(root, grant, opened, made, staging)
         except OSError as err:
             raise SandboxError(f"cannot place {grant.path} in QEMU's view", err.strerror or str(err), rule=_PLACE_RULE) from err
+    os.close(staging)
     _enter(root, cwd)
 
 
@@ -101,33 +103,33 @@ def _open_placed(staging: int, grant: "Placed", opened: "Opened") -> int:
 
 
 def _cover_root(nodes_fd: "int | None") -> int:
-    """Attach a tmpfs over "/", with the staging directory in it; return an owned fd of it."""
+    """Attach a tmpfs over "/", with the directories that it has; return an owned fd of it."""
     try:
-        root = _mount_tmpfs({"mode": "755", "size": "16m", "nr_inodes": "10k"})
-        mount.move_mount(root, "", mount.AT_FDCWD, "/", mount.MOVE_MOUNT_F_EMPTY_PATH)
-        for name in (_STAGING, _FILES, _NODES):
-            os.mkdir(name, 0o755, dir_fd=root)
+        staging = _mount_tmpfs({"mode": "755", "size": "16m", "nr_inodes": "10k"})
+        mount.move_mount(staging, "", mount.AT_FDCWD, "/", mount.MOVE_MOUNT_F_EMPTY_PATH)
+        for name in (_FILES, _NODES, _VIEW):
+            os.mkdir(name, 0o755, dir_fd=staging)
         if nodes_fd is not None:
-            _attach(root, _NODES, nodes_fd)
+            _attach(staging, _NODES, nodes_fd)
     except OSError as err:
         raise SandboxError("cannot make a root for QEMU", err.strerror or str(err), rule="mount,") from err
-    return root
+    return staging
 
 
-def _stage(root: int, grant: "Copy | Node") -> int:
-    """Make a file of our own in the staging directory; return an owned fd of a detached mount of it."""
+def _stage(staging: int, grant: "Copy | Node") -> int:
+    """Make a file of our own in the tmpfs; return an owned fd of a detached mount of it."""
     name = f"{_FILES if isinstance(grant, Copy) else _NODES}/{grant.path.replace('/', '!')}"
     if isinstance(grant, Copy):
-        fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=root)
+        fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=staging)
         with os.fdopen(fd, "wb") as file:
             file.write(os.fsencode(grant.content))
-    fd = mount.open_tree(root, name, mount.OPEN_TREE_CLONE)
+    fd = mount.open_tree(staging, name, mount.OPEN_TREE_CLONE)
     if isinstance(grant, Copy):
         mount.mount_setattr(fd, "", mount.AT_EMPTY_PATH, mount.MOUNT_ATTR_RDONLY)
     return fd
 
 
-def _place(root: int, grant: "Placed", opened: "Opened", made: "set[str]") -> None:
+def _place(root: int, grant: "Placed", opened: "Opened", made: "set[str]", staging: int) -> None:
     """Put one grant into the new root."""
     name = grant.path[1:]
     if name:
@@ -142,7 +144,7 @@ def _place(root: int, grant: "Placed", opened: "Opened", made: "set[str]") -> No
         case Private():
             _attach(root, name, _mount_tmpfs({"mode": f"{grant.mode:o}"}))
         case Copy() | Node():
-            _attach(root, name, _stage(root, grant))
+            _attach(root, name, _stage(staging, grant))
         case Bind() | Create() | CreateDir():
             _attach(root, name, open_source(grant, opened))
 
@@ -221,13 +223,15 @@ def _mount_tmpfs(options: "Mapping[str, str]") -> int:
 def _enter(root: int, cwd: str) -> None:
     """Make the new root this process's root and let go of the old one.
 
-    Source: pivot_root(2), "pivot_root(".", ".")": the old root is stacked on the new one, at "." , and detached from there.
+    Source: pivot_root(2), "pivot_root(".", ".")": the old root is stacked on the new one, at "." , and detached from there, after
+    the tmpfs that lies over it.
     """
     try:
         mount.mount_setattr(root, "", mount.AT_EMPTY_PATH, mount.MOUNT_ATTR_RDONLY)
         os.fchdir(root)
         mount.pivot_root(".", ".")
-        mount.umount2(".", mount.MNT_DETACH)
+        for _ in ("tmpfs", "old root"):
+            mount.umount2(".", mount.MNT_DETACH)
         os.close(root)
         os.chdir(cwd)
     except OSError as err:

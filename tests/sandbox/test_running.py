@@ -268,7 +268,7 @@ def test_a_hundred_hot_plugs_leave_nothing(qemu: StandIn, host: Path) -> None:
     (host / "private/disk").write_text("disk")
     mounts, fds, hosts_mounts = qemu.mounts, open_fds(), Path("/proc/self/mountinfo").read_text()
     own_fds = os.listdir(qemu.proc / "fd")
-    tree = qemu.run(f"[x for top in ('/.qemu-userns', {str(host)!r}) for x in os.walk(top)]")
+    tree = qemu.run(f"list(os.walk({str(host)!r}))")
     for _ in range(100):
         shown = qemu.bind(bind(host / "image"), bind(host / "data/sub/file"), bind(host / "private/disk"))
         assert Path("/proc/self/mountinfo").read_text() == hosts_mounts
@@ -276,7 +276,7 @@ def test_a_hundred_hot_plugs_leave_nothing(qemu: StandIn, host: Path) -> None:
         qemu.unbind(shown)
     assert (qemu.mounts, open_fds(), os.listdir(qemu.proc / "fd")) == (mounts, fds, own_fds)
     assert Path("/proc/self/mountinfo").read_text() == hosts_mounts
-    assert qemu.run(f"[x for top in ('/.qemu-userns', {str(host)!r}) for x in os.walk(top)]") == tree
+    assert qemu.run(f"list(os.walk({str(host)!r}))") == tree
 
 
 def test_what_is_open_stays_open(qemu: StandIn, host: Path) -> None:
