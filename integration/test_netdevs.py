@@ -1,4 +1,4 @@
-"""Network back ends and network drives in a guest: slirp, passt, sockets, L2TPv3, VDE, vhost-user, NBD; and what is refused."""
+"""Network back ends and drives: slirp, passt, sockets, L2TPv3, VDE, vhost-user, NBD, HTTP, iSCSI, RBD; and what is refused."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import socket
 import socketserver
 import subprocess
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from integration.networks import own_network
 from integration.shares import Launch, dropin_words
 from integration.talk import DEADLINE_S, IDLE, PLAIN, as_user, connected, outcome, running, started, wait_until
 from integration.vhost_user import BackEnd
@@ -20,7 +22,6 @@ from tests.conftest import unprivileged_user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from integration.plugged import Compare, Vm
     from integration.vm import RunningGuest
@@ -32,6 +33,12 @@ WORDS = b"from outside\n"
 # Under TCG QEMU 7.2 takes irqfds of KVM for the vectors of a vhost-user nic, and ends by SIGSEGV; with the pin there are none.
 NO_MSIX = ",vectors=0"
 DISK = b"A" * 512 + bytes(65024)
+CEPH = """[global]
+mon_host = [v1:127.0.0.1:{port}]
+auth_cluster_required = none
+auth_service_required = none
+auth_client_required = none
+"""
 
 
 def nic(name: str, number: int) -> list[str]:
@@ -75,6 +82,14 @@ def speaking(server: socketserver.BaseServer) -> Iterator[None]:
 def ask(guest: RunningGuest, address: str) -> list[str]:
     """Say something to an address and a port from the guest; return the lines that come back within a few seconds."""
     return guest.run(f"(echo hello; sleep 2) | timeout 5 nc {address}")[1].splitlines()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[socket.socket]:
+    """Listen on a port of this host's, for who comes within the time."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(DEADLINE_S)
+        yield server
 
 
 def free_port() -> int:
@@ -321,6 +336,40 @@ def test_a_drive_of_the_network(launch: Launch) -> None:
         said = qemu.process.stdout.read().decode()
     assert "read 512/512 bytes at offset 0" in said
     assert said.index("Pattern verification failed") > said.index("read 512/512 bytes at offset 0")
+
+
+@pytest.mark.network_drives
+def test_a_drive_by_iscsi(launch: Launch) -> None:
+    """The target reads who logs in, and hangs up."""
+    with listening() as target:
+        drive = f"if=none,format=raw,file=iscsi://127.0.0.1:{target.getsockname()[1]}/iqn.2000-01.org.example:disk/0"
+        options = [*launch.options, *IDLE, "-iscsi", "initiator-name=iqn.2000-01.org.example:me", "-drive", drive]
+        with started([*dropin_words(), *options], stderr=subprocess.PIPE) as qemu:
+            connection, _ = target.accept()
+            with connection, connection.makefile("rb") as reader:
+                login = reader.read(48)  # RFC 7143, 11.12: the length of what follows is in the header
+                assert login[0] == 0x43
+                assert b"InitiatorName=iqn.2000-01.org.example:me" in reader.read(int.from_bytes(login[5:8], "big")).split(b"\0")
+            assert qemu.stderr is not None
+            assert b"iSCSI: Failed to connect to LUN" in qemu.stderr.read()
+            assert qemu.wait(DEADLINE_S) == 1
+
+
+@pytest.mark.network_drives
+@pytest.mark.parametrize("named", [True, pytest.param(False, marks=pytest.mark.root)], ids=["conf", "default"])
+def test_a_drive_by_rbd_has_its_configuration(launch: Launch, shared_tmp: Path, tmp_path: Path, named: bool) -> None:
+    """Only the file says where the monitor is to which QEMU connects; it would wait for its answer."""
+    with contextlib.ExitStack() as stack:
+        if not named:
+            stack.enter_context(own_network(tmp_path))
+        monitor = stack.enter_context(listening())
+        file = shared_tmp / "my.conf" if named else Path("/etc/ceph/ceph.conf")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(CEPH.format(port=monitor.getsockname()[1]))
+        drive = "if=none,format=raw,file=rbd:pool/image" + (f":conf={file}" if named else "")
+        stack.enter_context(started([*dropin_words(), *launch.options, *IDLE, "-drive", drive]))
+        connection, _ = monitor.accept()
+        assert stack.enter_context(connection).recv(9) == b"ceph v027"
 
 
 @pytest.mark.network_drives
