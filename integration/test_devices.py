@@ -72,6 +72,16 @@ def said(launch: Launch, *options: str) -> tuple[str, str]:
     return error.removeprefix("qemu-userns: "), hint.removeprefix("hint: ")
 
 
+def unviable(folder: Path) -> tuple[Path, Path]:
+    """Make what /sys has of a device that vfio-pci drives, and of another one in its group that has the host's driver."""
+    device, other = folder / "0000:01:00.0", folder / "groups/7/devices/0000:01:00.1"
+    for place, driver in ((other, "e1000e"), (device, "vfio-pci")):
+        place.mkdir(parents=True)
+        (place / "driver").symlink_to(f"/sys/bus/pci/drivers/{driver}")
+    (device / "iommu_group").symlink_to(folder / "groups/7")
+    return device, other
+
+
 # --- what is missing ----------------------------------------------------------------------------------------------------
 
 MISSING = [
@@ -142,18 +152,13 @@ def test_a_device_of_another_group_names_the_group(launch: Launch, shared_tmp: P
 
 @pytest.mark.skipif(Path("/dev/vfio/vfio").exists(), reason="this kernel has vfio")
 def test_what_keeps_a_device_from_vfio_is_named(launch: Launch, shared_tmp: Path) -> None:
-    group = shared_tmp / "groups/7/devices/0000:01:00.1"
-    device = shared_tmp / "0000:01:00.0"
-    for folder, driver in ((group, "e1000e"), (device, "vfio-pci")):
-        folder.mkdir(parents=True)
-        (folder / "driver").symlink_to(f"/sys/bus/pci/drivers/{driver}")
-    (device / "iommu_group").symlink_to(shared_tmp / "groups/7")
+    device, other = unviable(shared_tmp)
     words = f"vfio-pci,sysfsdev={device}"
     error, hint = said(launch, "-device", words)
     assert error == (f"-device sysfsdev {device}: iommu group 7 is not viable: e1000e drives 0000:01:00.1, which is in it too")
     assert hint == "bind it: driverctl set-override 0000:01:00.1 vfio-pci"
-    (group / "driver").unlink()
-    (group / "driver").symlink_to("/sys/bus/pci/drivers/pcieport")
+    (other / "driver").unlink()
+    (other / "driver").symlink_to("/sys/bus/pci/drivers/pcieport")
     error, hint = said(launch, "-device", words)
     assert (error, hint) == (
         f"-device sysfsdev /dev/vfio/vfio: {NO_NODE}",

@@ -22,10 +22,12 @@ from integration.networks import Scripts, flags_of, interfaces, ip, own_network
 from integration.plugged import Client, Vm, compared, plugged
 from integration.shares import Launch, dropin_words, launches
 from integration.talk import PLAIN, as_user, connected, fds_of, home_of, is_alive, running, started, supervisor_of, wait_until
+from integration.test_devices import unviable
 from integration.test_hotplug_guest import Guest, unplug, wait_for
 from integration.vm import GuestTimeoutError, RunningGuest, machine_options, port_options
 from qemu_userns.host.taps import open_queue
 from qemu_userns.plan.grants import Tap
+from qemu_userns.plan.refusals import NO_NODE
 from tests.conftest import CHECKOUT
 from tests.machine import ACCELERATOR, PATIENCE
 
@@ -229,6 +231,31 @@ def test_what_no_helper_can_do_is_refused_before_anything_is_opened(
     tap = ("-netdev", f"tap,id=n,ifname=t0,script={scripts.make('up')},downscript={scripts.make('down')}")
     assert said(launch, *tap, "-netdev", bridge) == error
     assert (interfaces(), scripts.said()) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        (option, error)
+        for node, option, error in (
+            ("/dev/vhost-scsi", "-device vhost-scsi-pci,wwpn=naa.5001", f"/dev/vhost-scsi: {NO_NODE}"),
+            ("/dev/dri", "-display egl-headless", f"/dev/dri: {NO_NODE}"),
+            (None, "-device vfio-pci,sysfsdev={device}", "iommu group 7 is not viable"),
+        )
+        if node is None or not Path(node).exists()
+    ],
+)
+def test_a_device_that_is_not_to_be_had_is_refused_before_anything_is_opened(
+    launch: Launch, scripts: Scripts, shared_tmp: Path, option: str, error: str
+) -> None:
+    made = shared_tmp / "made"
+    made.mkdir()
+    launch.own(made)
+    tap = ("-netdev", f"tap,id=n,ifname=t0,script={scripts.make('up')},downscript={scripts.make('down')}")
+    files = ("-pidfile", f"{made}/pid", "-chardev", f"file,id=c,path={made}/out")
+    text = said(launch, *tap, *files, *option.format(device=unviable(shared_tmp)[0]).split())
+    assert error in text.splitlines()[0], text
+    assert (interfaces(), scripts.said(), list(made.iterdir())) == ([], [], [])
 
 
 def test_without_a_helper_nothing_is_opened(launch: Launch, scripts: Scripts, shared_tmp: Path) -> None:
