@@ -238,6 +238,7 @@ def test_a_guest_has_devices_of_roots(launch: Launch, shared_tmp: Path, loop: tu
             assert guest.check("head -n 1 /dev/vda").encode() == file_text
             guest.check("printf 'written in the guest' | dd of=/dev/vda bs=4k seek=1 conv=sync,fsync 2>/dev/null")
             guest.check("stty -F /dev/ttyS1 raw -echo 2>/dev/null; printf hello >/dev/ttyS1")
+            assert int(guest.check("modprobe virtio_rng; head -c 16 /dev/hwrng | wc -c")) == 16
             assert wait_read(ours, 5) == b"hello"
     subprocess.run(["blockdev", "--flushbufs", node], check=True)
     assert file.read_bytes()[4096:].startswith(b"written in the guest\0")
