@@ -19,7 +19,9 @@ from integration.plugged import Vm, plugged
 from integration.shares import Launch, dropin_words
 from integration.talk import DEADLINE_S, PLAIN, is_listening, outcome, wait_until
 from integration.vm import running_guest
+from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 from qemu_userns.plan.refusals import NO_NODE
+from tests.conftest import CHECKOUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -236,12 +238,46 @@ def test_a_guest_has_devices_of_roots(launch: Launch, shared_tmp: Path, loop: tu
         with running_guest(words, tmp=shared_tmp, extra=[*options, *serial]) as guest:
             assert f"HugetlbPages:\t  {256 << 10} kB" in (guest.proc / "status").read_text()
             assert guest.check("head -n 1 /dev/vda").encode() == file_text
+            assert int(guest.check("modprobe virtio_rng; head -c 16 /dev/hwrng | wc -c")) == 16
             guest.check("printf 'written in the guest' | dd of=/dev/vda bs=4k seek=1 conv=sync,fsync 2>/dev/null")
             guest.check("stty -F /dev/ttyS1 raw -echo 2>/dev/null; printf hello >/dev/ttyS1")
-            assert int(guest.check("modprobe virtio_rng; head -c 16 /dev/hwrng | wc -c")) == 16
             assert wait_read(ours, 5) == b"hello"
     subprocess.run(["blockdev", "--flushbufs", node], check=True)
     assert file.read_bytes()[4096:].startswith(b"written in the guest\0")
+
+
+# --- explain ------------------------------------------------------------------------------------------------------------
+
+
+def explained(launch: Launch, *options: str) -> list[str]:
+    """Return the lines of `qemu-userns explain`."""
+    words = [str(CHECKOUT / ".venv/bin/qemu-userns"), "explain", PLAIN[0], *PC, *options, *launch.options]
+    status, stdout, stderr = outcome(words)
+    assert (status, stderr) == (0, ""), stdout
+    return [line.strip() for line in stdout.splitlines()]
+
+
+def test_explain_shows_a_serial_line_and_a_network_of_its_own(launch: Launch) -> None:
+    with terminal() as (_, name):
+        lines = explained(launch, "-serial", str(name), "-userns", "net=none")
+    assert lines[lines.index("network:") + 1] == "QEMU's own, without any interface"
+    if os.geteuid() == 0:
+        assert f"fd 301: {name}, read-write, in /dev/fdset/{OWN_FDSET_BASE + 1}   why: -serial" in lines
+    else:
+        assert f"{name} (rw, device)   why: -serial" in lines
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("huge", ["root's"], indirect=True)
+def test_explain_shows_devices_of_roots(launch: Launch, loop: tuple[Path, Path], huge: Path) -> None:
+    node, _ = loop
+    disk = ("-drive", f"file={node},format=raw,if=none")
+    shown = {
+        f"{node} (block device, a node of QEMU's own)   why: -drive file",
+        "/dev/hwrng (character device, a node of QEMU's own)   why: -object filename",
+        f"{huge} (rw, a private directory below it, removed at QEMU's end)   why: -mem-path",
+    }
+    assert shown <= {*explained(launch, *disk, "-object", "rng-random,id=r,filename=/dev/hwrng", "-mem-path", str(huge))}
 
 
 # --- character devices --------------------------------------------------------------------------------------------------

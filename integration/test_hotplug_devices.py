@@ -17,8 +17,10 @@ import pytest
 
 from integration.plugged import Vm, compared, plugged
 from integration.shares import Launch, dropin_words
-from integration.talk import PLAIN, wait_until
+from integration.talk import PLAIN, outcome, wait_until
 from qemu_userns.linux import process
+from qemu_userns.plan.refusals import NO_NODE
+from tests.conftest import CHECKOUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -164,6 +166,19 @@ def test_qemu_gets_what_its_id_may_not_open(launch: Launch, vfio_device: Path, d
     assert re.search(error, plain), plain
     ours = said(launch, "-device", words)
     assert ours.partition(": ")[2].rpartition(": ")[2] == plain.partition(": ")[2].rpartition(": ")[2], ours
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("stand_ins")
+def test_without_kvm_what_makes_it_is_said(launch: Launch) -> None:
+    """By the launch, and by explain as one more row."""
+    Path("/dev/kvm").unlink(missing_ok=True)
+    hint = "load the kernel's module kvm_intel or kvm_amd, with virtualization switched on in the firmware"
+    assert said(launch, "-accel", "kvm") == f"qemu-userns: -accel kvm /dev/kvm: {NO_NODE}\nhint: {hint}\n"
+    explain = [str(CHECKOUT / ".venv/bin/qemu-userns"), "explain", *PLAIN]
+    status, stdout, stderr = outcome(explain, "-accel", "kvm", *launch.options)
+    assert (status, stderr) == (1, "")
+    assert f"refused:\n  -accel kvm /dev/kvm   why: {NO_NODE}   hint: {hint}\n" in stdout
 
 
 @pytest.mark.root
