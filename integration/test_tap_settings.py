@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ import pytest
 from integration.networks import Scripts, interfaces, ip, own_network
 from integration.plugged import plugged
 from integration.shares import Launch, dropin_words, launches
-from integration.talk import as_user, home_of, is_alive, running, started, supervisor_of, wait_until
-from integration.test_net import LIMIT_S, OURS, Booted, Nic, another_network, said, words_of
+from integration.talk import as_user, home_of, is_alive, outcome, running, started, supervisor_of, wait_until
+from integration.test_net import LIMIT_S, NO_SCRIPTS, OURS, Booted, Nic, another_network, said, words_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,6 +102,24 @@ def test_what_cannot_be_set_up_stops_the_launch(launch: Launch, settings: str, r
     assert f"hint: {hint}" in text
     assert interfaces() == ["b0", "mine"]
     assert link("mine")["mtu"] == 1500
+
+
+def test_only_settings_take_pyroute2(launch: Launch) -> None:
+    """Without it, which is to say with nothing where it is installed, there are taps, and a bridge's by its helper."""
+    package = find_spec("pyroute2")
+    assert package is not None
+    assert package.origin is not None
+    hide = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {Path(package.origin).parents[1]} && exec "$@"', "sh"]
+    words = [*hide, *words_of(launch)]
+    Path("/etc/qemu/bridge.conf").write_text("allow b0\n")
+    for value in (f"tap,id=n,ifname=t0,{NO_SCRIPTS}", f"tap,id=n,{NO_SCRIPTS}", "bridge,id=n,br=b0"):
+        with running(words, "-netdev", value, idle=False) as vm:
+            assert interfaces() == ["b0", "t0" if "ifname" in value else "tap0"]
+            vm.quit()
+        wait_until(lambda: interfaces() == ["b0"], "the end of the tap")
+    status, _, stderr = outcome(words, "-userns", "tap.n.bridge=b0", "-netdev", "tap,id=n")
+    reason = "qemu-userns: -netdev tap tap.n: the Python package pyroute2 is missing\nhint: Debian: python3-pyroute2; "
+    assert (status, stderr[: len(reason)]) == (1, reason)
 
 
 def test_a_user_is_told_which_right_is_missing(unprivileged_user: str) -> None:
