@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import os
+import re
 import socket
 import socketserver
+import struct
 import subprocess
 import threading
 from pathlib import Path
@@ -16,7 +19,7 @@ import pytest
 from integration.networks import own_network
 from integration.shares import Launch, dropin_words
 from integration.talk import DEADLINE_S, IDLE, PLAIN, as_user, connected, outcome, running, started, wait_until
-from integration.vhost_user import BackEnd
+from integration.vhost_user import GET_FEATURES, BackEnd
 from integration.vm import running_guest
 from tests.conftest import unprivileged_user_name
 
@@ -245,6 +248,39 @@ def test_a_switch_of_vde_that_qemu_may_not_join_is_refused(dropin: list[str], sh
     assert status == 1
     assert f"-netdev sock {switch}: QEMU's id " in stderr
     assert "may not make its end of the connection in it\nhint: it belongs to" in stderr
+
+
+SERVER = ["-m", "256", *MEMORY, "-chardev", "socket,id=c,server=on,path={}"]
+VHOST_USER_NIC = ["-netdev", "vhost-user,id=n,chardev=c", *nic("n", 1)]
+VHOST_USER_DISK = ["-device", "vhost-user-blk-pci,chardev=c"]
+
+
+@pytest.mark.parametrize("device", [VHOST_USER_NIC, pytest.param(VHOST_USER_DISK, marks=pytest.mark.root)], ids=["nic", "disk"])
+def test_a_back_end_connects_to_qemu(launch: Launch, shared_tmp: Path, device: list[str]) -> None:
+    """For a nic QEMU makes the socket; for others it is made outside, in a directory of root's, where it goes at the end."""
+    outside = device is VHOST_USER_DISK
+    folder = shared_tmp / "folder"
+    folder.mkdir(mode=0o700)
+    if not outside:
+        launch.own(folder)
+    path = folder / "socket"
+    options = [word.format(path) for word in SERVER] + device
+    with started([*dropin_words(), *launch.options, "-nodefaults", "-display", "none", *options]), connected(path) as back_end:
+        back_end.settimeout(DEADLINE_S)
+        assert struct.unpack("=3I", back_end.recv(12)) == (GET_FEATURES, 1, 0)
+    if outside:
+        wait_until(lambda: not path.exists(), "the socket gone")
+
+
+def test_a_nic_of_vhost_user_may_not_listen_where_qemu_may_not(launch: Launch, shared_tmp: Path) -> None:
+    folder = shared_tmp / "folder"
+    folder.mkdir(mode=0o555)
+    options = [word.format(folder / "socket") for word in SERVER] + VHOST_USER_NIC
+    status, stdout, stderr = outcome([*dropin_words(), *launch.options], *options)
+    assert (status, stdout) == (1, "")
+    reason = r"QEMU's id \d+ may not make anything in it" if os.geteuid() == 0 else "Permission denied"
+    text = rf"qemu-userns: -chardev path {folder}: {reason}\nhint: it belongs to \d+:\d+ and has mode 0555"
+    assert re.match(text, stderr), stderr
 
 
 @pytest.mark.parametrize("backend", ["vhost-user-blk", "nbd members", "nbd json"])
