@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import stat
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ import pytest
 
 from integration.plugged import Vm, compared, plugged
 from integration.shares import Launch, dropin_words
-from integration.talk import PLAIN, outcome, wait_until
+from integration.talk import PLAIN, as_user, home_of, outcome, wait_until
 from qemu_userns.linux import process
 from qemu_userns.plan.refusals import NO_NODE
 from tests.conftest import CHECKOUT
@@ -35,6 +37,7 @@ LIMIT_S = 30
 VSOCK = "vhost-vsock-pci,guest-cid=5,id=d"
 NO_DEVICE = "0000:77:1f.0"
 GROUP = "7"
+RENDER_NODE = "/dev/dri/renderD128"
 USB_NODE = "/dev/bus/usb/001/002"
 STAND_INS = ("vhost-vsock", "vhost-scsi", "vhost-vdpa-0", "bus/usb/001/002", f"vfio/{GROUP}", "vfio/vfio")
 NEW_DEV = f"""
@@ -179,6 +182,23 @@ def test_without_kvm_what_makes_it_is_said(launch: Launch) -> None:
     status, stdout, stderr = outcome(explain, "-accel", "kvm", *launch.options)
     assert (status, stderr) == (1, "")
     assert f"refused:\n  -accel kvm /dev/kvm   why: {NO_NODE}   hint: {hint}\n" in stdout
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(("named", "what"), [("", "egl-headless"), (f",rendernode={RENDER_NODE}", "rendernode")])
+def test_a_graphics_card_of_a_group_names_the_group(unprivileged_user: str, named: str, what: str) -> None:
+    node = Path(RENDER_NODE)
+    node.parent.mkdir(exist_ok=True)
+    node.unlink(missing_ok=True)
+    os.mknod(node, stat.S_IFCHR, os.makedev(226, 128))
+    shutil.chown(node, group="video")
+    node.chmod(0o660)
+    words = as_user(unprivileged_user, *dropin_words(), *PC, "-display", f"egl-headless{named}")
+    hint = f"its group is video: usermod -aG video {unprivileged_user}, and log in again"
+    error = f"qemu-userns: -display {what} {node}: Permission denied"
+    whose = f"it belongs to 0:{node.stat().st_gid} and has mode 0660"
+    assert outcome(words, env=home_of(unprivileged_user), cwd="/") == (1, "", f"{error}\nhint: {whose}; {hint}\n")
 
 
 @pytest.mark.root
