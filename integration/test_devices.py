@@ -48,6 +48,17 @@ def loop(shared_tmp: Path) -> Iterator[tuple[Path, Path]]:
         subprocess.run(["losetup", "--detach", node], check=True)
 
 
+@pytest.fixture(params=["loop", "vg-lv"])
+def named(request: pytest.FixtureRequest, shared_tmp: Path, loop: tuple[Path, Path]) -> tuple[Path, Path]:
+    """The same by the node's name or by a symlink to it, as LVM makes in /dev/mapper; the name and the file."""
+    node, file = loop
+    if request.param == "loop":
+        return node, file
+    name = shared_tmp / request.param
+    name.symlink_to(node)
+    return name, file
+
+
 @pytest.fixture(params=["everybody's", "root's"])
 def huge(request: pytest.FixtureRequest, shared_tmp: Path) -> Iterator[Path]:
     with huge_pages(shared_tmp / "huge", "1777" if request.param == "everybody's" else "755") as folder:
@@ -182,8 +193,8 @@ def test_a_protocol_that_qemu_does_not_have_is_qemus_to_refuse(launch: Launch) -
 
 @pytest.mark.root
 @pytest.mark.parametrize("options", ["-drive file={},format=raw,if=none,id=d", "-blockdev host_device,node-name=d,filename={}"])
-def test_a_block_device_of_roots_is_written(launch: Launch, shared_tmp: Path, loop: tuple[Path, Path], options: str) -> None:
-    node, file = loop
+def test_a_block_device_of_roots_is_written(launch: Launch, shared_tmp: Path, named: tuple[Path, Path], options: str) -> None:
+    node, file = named
     with plugged(shared_tmp / "vm", launch, *options.format(node).split(), machine=PC) as vm:
         assert "host_device" in {item["drv"] for item in vm.qmp.execute("query-named-block-nodes")}
         write_block(vm, node)
@@ -191,8 +202,8 @@ def test_a_block_device_of_roots_is_written(launch: Launch, shared_tmp: Path, lo
 
 
 @pytest.mark.root
-def test_a_block_device_of_roots_is_plugged_in(launch: Launch, shared_tmp: Path, loop: tuple[Path, Path]) -> None:
-    node, file = loop
+def test_a_block_device_of_roots_is_plugged_in(launch: Launch, shared_tmp: Path, named: tuple[Path, Path]) -> None:
+    node, file = named
     with plugged(shared_tmp / "vm", launch, machine=PC) as vm, vm.balanced():
         vm.qmp.execute("blockdev-add", driver="host_device", node_name="d", filename=str(node))
         write_block(vm, node)
