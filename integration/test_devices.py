@@ -185,7 +185,9 @@ def test_what_keeps_a_device_from_vfio_is_named(launch: Launch, shared_tmp: Path
 
 def test_a_protocol_that_qemu_does_not_have_is_qemus_to_refuse(launch: Launch) -> None:
     drive = ("-drive", "file=fd:3,format=raw,if=none")
-    assert outcome([*dropin_words(), *launch.options], *PC, *drive) == outcome(PLAIN, *PC, *drive)
+    plain = outcome(PLAIN, *PC, *drive)
+    assert outcome([*dropin_words(), *launch.options], *PC, *drive) == plain
+    assert "Unknown protocol 'fd'" in plain[2]
 
 
 # --- block devices ------------------------------------------------------------------------------------------------------

@@ -528,11 +528,12 @@ def test_fds_that_are_no_taps_are_refused(launch: Launch) -> None:
             assert ended.stderr.startswith(f"qemu-userns: -netdev {key} {file.fileno()}: it is no tap\nhint: ")
 
 
-def test_fds_of_the_caller_are_kept(launch: Launch) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_fds_of_the_caller_are_kept(launch: Launch, count: int) -> None:
     """As LXD and libvirt pass them: opened and configured already."""
-    grants = Tap("test", "t0", (0, 1), None)
-    fds = [open_queue(grants, "t0")[0] for _ in range(2)]
-    value = f"tap,id=n,fds={':'.join(map(str, fds))}"
+    grants = Tap("test", "t0", tuple(range(count)), None)
+    fds = [open_queue(grants, "t0")[0] for _ in range(count)]
+    value = f"tap,id=n,{'fds' if count > 1 else 'fd'}={':'.join(map(str, fds))}"
     with running(words_of(launch), "-netdev", value, idle=False, pass_fds=tuple(fds)) as vm:
         assert f"fd={fds[0]}" in vm.qmp.hmp("info network")
         vm.quit()

@@ -24,7 +24,7 @@ from integration.vm import running_guest
 from tests.conftest import unprivileged_user_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from integration.plugged import Compare, Vm
     from integration.vm import RunningGuest
@@ -358,18 +358,39 @@ def test_a_nic_of_vhost_user_is_plugged_in(compare: Compare, way: str) -> None:
     compare(dialogue, kept="socket")
 
 
-@pytest.mark.network_drives
-def test_a_drive_of_the_network(launch: Launch) -> None:
+@contextlib.contextmanager
+def by_http(_: Path) -> Iterator[str]:
+    """Serve DISK; yield its address."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges)
-    url = f"http://127.0.0.1:{server.server_address[1]}/disk"
-    drive = f"if=none,id=d,format=raw,readonly=on,file={url}"
-    with speaking(server), running(dropin_words(), "-drive", drive, *launch.options, stdout=subprocess.PIPE) as qemu:
-        assert url in qemu.qmp.hmp("info block")
-        qemu.qmp.hmp('qemu-io d "read -P 0x41 0 512"')
-        qemu.qmp.hmp('qemu-io d "read -P 0x41 512 512"')
-        assert qemu.quit() == 0
-        assert qemu.process.stdout is not None
-        said = qemu.process.stdout.read().decode()
+    with speaking(server):
+        yield f"http://127.0.0.1:{server.server_address[1]}/disk"
+
+
+@contextlib.contextmanager
+def by_nbd(folder: Path) -> Iterator[str]:
+    disk, port = folder / "disk", free_port()
+    disk.write_bytes(DISK)
+    file, export = f"driver=file,node-name=f,read-only=on,filename={disk}", "type=nbd,id=e,name=disk,node-name=f"
+    words = ["--blockdev", file, "--nbd-server", f"addr.type=inet,addr.host=127.0.0.1,addr.port={port}", "--export", export]
+    pidfile = folder / "pid"
+    with started(["qemu-storage-daemon", *words, "--pidfile", str(pidfile)]):
+        wait_until(pidfile.exists, "the storage daemon")
+        yield f"nbd://127.0.0.1:{port}/disk"
+
+
+@pytest.mark.parametrize("served", [pytest.param(by_http, marks=pytest.mark.network_drives), by_nbd])
+def test_a_drive_of_the_network(
+    launch: Launch, shared_tmp: Path, served: Callable[[Path], contextlib.AbstractContextManager[str]]
+) -> None:
+    with served(shared_tmp) as url:
+        drive = f"if=none,id=d,format=raw,readonly=on,file={url}"
+        with running(dropin_words(), "-drive", drive, *launch.options, stdout=subprocess.PIPE) as qemu:
+            assert url in qemu.qmp.hmp("info block")
+            qemu.qmp.hmp('qemu-io d "read -P 0x41 0 512"')
+            qemu.qmp.hmp('qemu-io d "read -P 0x41 512 512"')
+            assert qemu.quit() == 0
+            assert qemu.process.stdout is not None
+            said = qemu.process.stdout.read().decode()
     assert "read 512/512 bytes at offset 0" in said
     assert said.index("Pattern verification failed") > said.index("read 512/512 bytes at offset 0")
 
