@@ -63,6 +63,7 @@ class Libvirt:
             path.mkdir(mode=0o700)
             self.environment[variable] = str(path)
         self._log, self._pid_file = folder / "libvirtd.log", folder / "libvirtd.pid"
+        self._log.touch()
         settings = folder / "libvirtd.conf"
         settings.write_text(f'log_level = 3\nlog_outputs = "3:file:{self._log}"\nhost_uuid = "{uuid.uuid4()}"\n')
         self.daemon = [LIBVIRTD, "-f", str(settings), "--pid-file", str(self._pid_file)]
@@ -75,7 +76,10 @@ class Libvirt:
     def serving(self) -> Iterator[None]:
         """Run the daemon; its domains stay when it goes."""
         socket_file = self.folder / self.socket_file
-        with started(self.daemon, env=self.environment, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        with (
+            self._log.open("ab") as log,
+            started(self.daemon, env=self.environment, cwd="/", stdout=subprocess.DEVNULL, stderr=log) as process,
+        ):
             wait_until(lambda: socket_file.is_socket() or process.poll() is not None, "libvirtd's socket")
             assert process.poll() is None, f"libvirtd ended: {self._read(self._log)}"
             try:
@@ -190,8 +194,9 @@ class SystemLibvirt(Libvirt):
         for name in ("run", "cache"):
             (folder / name).chmod(0o755)
         (folder / "etc/qemu.conf").write_text(f'stdio_handler = "file"\ncgroup_controllers = []\n{qemu_conf}')
-        Path(self.MOUNTS["run"]).mkdir(exist_ok=True)
-        self._alone = beside is None
+        self._places = [] if beside else [place for place in map(Path, self.MOUNTS.values()) if not place.exists()]
+        for place in self._places:
+            place.mkdir()
         # Debian's libvirt does not begin without this user, whatever the configuration names.
         user = "libvirt-qemu:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin\n"
         (folder / "passwd").write_text(Path("/etc/passwd").read_text() + user)
@@ -204,11 +209,10 @@ class SystemLibvirt(Libvirt):
         self.daemon = [*network, *private, "sh", "-c", "\n".join(lines), "sh", *self.daemon]
 
     def end_programs(self) -> None:
-        """End what a failure leaves behind, and remove what libvirt's own folder was mounted on, if that was all."""
+        """End what a failure leaves behind, and remove what was made to be mounted on."""
         super().end_programs()
-        if self._alone:  # else another one is mounted there
-            with contextlib.suppress(OSError):
-                Path(self.MOUNTS["run"]).rmdir()
+        for place in self._places:
+            place.rmdir()
 
 
 def _environment_of(pid: int) -> str:
