@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.systemd, pytest.
 
 PROGRAM = str(CHECKOUT / ".venv/bin/qemu-userns")
 # Debian's unit in what counts here: /etc/environment may say what PATH is.
-DAEMON = "[Service]\nEnvironmentFile=-/etc/environment\nExecStart=/run/{name} -- infinity\nKillMode=process\n"
+DAEMON = "[Service]\nType=exec\nEnvironmentFile=-/etc/environment\nExecStart=/run/{name} -- infinity\nKillMode=process\n"
 DAEMONS = {"lxd": "lxd", "incus": "incusd"}
 """What they call their process."""
 VM = "qemu-userns@vm"
