@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pwd
+import re
 import shutil
 import socket
 import subprocess
@@ -176,6 +177,15 @@ def outcome(words: Sequence[str], *options: str, stdin: bytes = b"", **run: Any)
     """Run to the end; return exit status, stdout and stderr. Whoever holds the pipes open lets this time out."""
     done = subprocess.run([*words, *options], input=stdin, capture_output=True, timeout=DEADLINE_S, **run)
     return done.returncode, os.fsdecode(done.stdout), os.fsdecode(done.stderr)
+
+
+def version_of(*words: str) -> tuple[int, ...]:
+    """Return the version of the QEMU that the words start: major, minor."""
+    status, stdout, _ = outcome(words, "-version")
+    assert status == 0
+    found = re.search(r"version (\d+)\.(\d+)", stdout)
+    assert found
+    return tuple(map(int, found.groups()))
 
 
 def as_user(name: str, *words: str) -> list[str]:

@@ -19,7 +19,7 @@ import pytest
 
 from integration.plugged import Vm, compared, plugged
 from integration.shares import Launch, dropin_words
-from integration.talk import PLAIN, as_user, home_of, outcome, wait_until
+from integration.talk import PLAIN, as_user, fds_of, home_of, outcome, wait_until
 from qemu_userns.linux import process
 from qemu_userns.plan.refusals import NO_NODE
 from tests.conftest import CHECKOUT
@@ -37,18 +37,23 @@ LIMIT_S = 30
 VSOCK = "vhost-vsock-pci,guest-cid=5,id=d"
 NO_DEVICE = "0000:77:1f.0"
 GROUP = "7"
+MEDIATED_BUS = "/sys/bus/mdev"
 RENDER_NODE = "/dev/dri/renderD128"
 USB_NODE = "/dev/bus/usb/001/002"
-STAND_INS = ("vhost-vsock", "vhost-scsi", "vhost-vdpa-0", "bus/usb/001/002", f"vfio/{GROUP}", "vfio/vfio")
+OWN_NODE = "/dev/vfio/devices/vfio0"
+STAND_INS = (
+    *("vhost-vsock", "vhost-scsi", "vhost-vdpa-0", "bus/usb/001/002"),
+    *(f"vfio/{GROUP}", "vfio/vfio", OWN_NODE.removeprefix("/dev/"), "iommu"),
+)
 NEW_DEV = f"""
 set -e
 mount --make-rprivate /
 mount -t tmpfs -o mode=755 dev {{folder}}
 cp -a /dev/. {{folder}} 2>/dev/null || true
-mkdir -p {{folder}}/pts {{folder}}/shm {{folder}}/vfio {{folder}}/bus/usb/001
+mkdir -p {{folder}}/pts {{folder}}/shm {{folder}}/vfio/devices {{folder}}/bus/usb/001
 mount --bind /dev/pts {{folder}}/pts
 mount --bind /dev/shm {{folder}}/shm
-for name in {" ".join(STAND_INS)}; do mknod -m 600 {{folder}}/$name c 1 3; done
+for name in {" ".join(STAND_INS)}; do rm -f {{folder}}/$name; mknod -m 600 {{folder}}/$name c 1 3; done
 mount --move {{folder}} /dev
 """
 
@@ -242,6 +247,49 @@ def test_a_usb_device_is_plugged_in(launch: Launch, shared_tmp: Path, members: d
 @pytest.mark.usefixtures("stand_ins")
 def test_a_vfio_device_is_plugged_in(compare: Compare, vfio_device: Path) -> None:
     compare(added("vfio-pci", sysfsdev=str(vfio_device)))
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("stand_ins")
+def test_a_mediated_device_has_the_driver_that_divides_the_real_one(
+    launch: Launch, compare: Compare, vfio_device: Path
+) -> None:
+    """So QEMU and we know it by its bus."""
+    device = f"vfio-pci,sysfsdev={vfio_device}"
+    (vfio_device / "driver").unlink()
+    (vfio_device / "driver").symlink_to("../../drivers/i915")
+    assert "the device is driven by i915, not by vfio-pci" in said(launch, "-device", device)
+    subprocess.run(["mount", "-t", "tmpfs", "bus", "/sys/bus"], check=True)
+    Path(MEDIATED_BUS).mkdir()
+    (vfio_device / "subsystem").symlink_to(MEDIATED_BUS)
+    plain, ours = (said(how, "-device", device) for how in (None, launch))
+    assert "Inappropriate ioctl for device" in plain
+    assert ours == plain
+    compare(added("vfio-pci", sysfsdev=str(vfio_device)))
+
+
+@pytest.mark.root
+@pytest.mark.host
+@pytest.mark.usefixtures("stand_ins")
+def test_iommufd_and_a_device_of_it_come_by_fd(launch: Launch, shared_tmp: Path, vfio_device: Path) -> None:
+    """QEMU 9.0 and later; the device's own node is not in the view."""
+    own = vfio_device / "vfio-dev" / Path(OWN_NODE).name
+    own.mkdir(parents=True)
+    (own / "dev").write_text("1:3\n")
+    options = ("-object", "iommufd,id=i", "-device", f"vfio-pci,sysfsdev={vfio_device},iommufd=i")
+    error = r": error bind device fd=\d+ to iommufd=\d+: Inappropriate ioctl for device"
+    for how in (None, launch):
+        assert re.search(error, said(how, *options))
+    # An fd that an iommufd object was given QEMU keeps when the object goes (backends/iommufd.c: owned).
+    with plugged(shared_tmp / "vm", launch, machine=PC) as vm, vm.balanced(kept="/dev/iommu"):
+        for _ in range(2):
+            vm.qmp.execute("object-add", qom_type="iommufd", id="i")
+            assert "/dev/iommu" in fds_of(vm.process.pid).values()
+            desc = vm.qmp.refused("device_add", driver="vfio-pci", id="v", sysfsdev=str(vfio_device), iommufd="i")
+            assert re.search(error, desc), desc
+            assert OWN_NODE not in fds_of(vm.process.pid).values()
+            assert not Path(f"/proc/{vm.process.pid}/root{OWN_NODE}").exists()
+            vm.qmp.execute("object-del", id="i")
 
 
 @pytest.mark.root

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import pytest
 
 from integration.plugged import BARE, Client
 from integration.shares import Launch, dropin_words
-from integration.talk import connected, outcome, started
+from integration.talk import connected, outcome, started, version_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,14 +17,6 @@ pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytes
 
 FIRST = (11, 1)  # QEMU that has them
 SECTION = '[object "o"]\n  qom-type = "monitor-qmp"\n  chardev = "m"\n'
-
-
-def version_of(*words: str) -> tuple[int, ...]:
-    status, stdout, _ = outcome([*words], "-version")
-    assert status == 0
-    found = re.search(r"version (\d+)\.(\d+)", stdout)
-    assert found
-    return tuple(map(int, found.groups()))
 
 
 @pytest.mark.parametrize("form", ["options", "json", "readconfig"])

@@ -26,7 +26,7 @@ class Row(Record):
     hint: str = ""
     entries: "tuple[str, ...]" = ()  # of DIRECTORY: the names that QEMU looks for in it, or ANY_ENTRY
     node: str = ""  # of OPEN: the device node
-    fd_key: str = ""  # of OPEN: the member by which QEMU takes an fd of it
+    fd_key: str = ""  # of OPEN and VFIO: the member by which QEMU takes an fd of it
 
 
 def _with_values(kinds: str, way: str) -> "tuple[Row, ...]":
@@ -258,8 +258,8 @@ ROWS: "tuple[Row, ...]" = (
     _open_for("object", "qom-type", ("iommufd",), "/dev/iommu", "fd"),
     Row("device", "hostdevice", ways.DEVICE, (("driver", ("usb-host",)),)),
     Row("device", "driver", ways.USB, (("driver", ("usb-host",)), ("hostdevice", ("",)))),
-    Row("device", "host", ways.VFIO, (("driver", _VFIO_PCI), ("sysfsdev", ("",)), ("fd", ("",)))),
-    Row("device", "sysfsdev", ways.VFIO, (("fd", ("",)),)),
+    Row("device", "host", ways.VFIO, (("driver", _VFIO_PCI), ("sysfsdev", ("",)), ("fd", ("",))), fd_key="fd"),
+    Row("device", "sysfsdev", ways.VFIO, (("fd", ("",)),), fd_key="fd"),  # with iommufd=, since QEMU 9.0
     Row("enable-kvm", "", ways.KVM),
     Row("accel", "accel", ways.KVM, (("device", ("",)),)),
     Row("accel", "device", ways.DEVICE, (("accel", ("kvm",)),)),

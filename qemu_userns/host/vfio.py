@@ -15,7 +15,7 @@ def look_at_vfio(directory: str) -> VfioFact:
     group = _read_link(f"{directory}/iommu_group")
     mediated = os.path.realpath(f"{directory}/subsystem") == _MEDIATED_BUS
     try:
-        own = os.listdir(f"{directory}/vfio-dev")
+        own = [name for name in os.listdir(f"{directory}/vfio-dev") if os.path.exists(f"{directory}/vfio-dev/{name}/dev")]
     except OSError:
         own = []
     return VfioFact(

@@ -79,7 +79,7 @@ def open_node(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     grant = OpenFd(need.describe(), fact.real, need.path, _O_RDWR, number, None, fact.inode, fact.device, cid)
     if draft.pass_node(need, grant):
         draft.add(grant)
-        if not need.row.node and need.member is not None:  # the member names the node, and does not go with an fd
+        if need.way == ways.OPEN and not need.row.node and need.member is not None:  # it names the node: not with an fd too
             why = f"{need.path} is opened outside"
             draft.edits += (remove(need.obj, member, why) for member in need.obj.find_all(need.member.key))
     else:

@@ -20,8 +20,8 @@ _IOMMUS = ("intel-iommu", "amd-iommu", "virtio-iommu-pci", "virtio-iommu-device"
 
 
 def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
-    """Show a device's directory in /sys, and the nodes of vfio by which QEMU has it."""
-    from qemu_userns.plan.devices import show_node
+    """Show a device's directory in /sys, and show or open the nodes of vfio by which QEMU has it."""
+    from qemu_userns.plan.devices import open_node, show_node
     from qemu_userns.plan.refusals import find_remedy
 
     fact = draft.path(need.path)
@@ -47,13 +47,14 @@ def show_vfio(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
         if vfio.mediated:
             subsystem = draft.path(f"{need.path}/subsystem")
             draft.bind(subsystem, False, need.describe())  # QEMU asks whether it leads to /sys/bus/mdev
+        hand_over = open_node if need.obj.get("iommufd") else show_node
         for path in nodes:
-            show_node(draft, need.replace(path=path), commandline)
+            hand_over(draft, need.replace(path=path), commandline)
         _allow_vfio(draft, need)
 
 
 def _choose_nodes(need: "Need", vfio: "VfioFact") -> "tuple[str, ...]":
-    """Return the nodes that QEMU opens: of the group and of all groups, or with iommufd the device's own."""
+    """Return the nodes that QEMU opens, of the group and of all groups; or the device's own, which it takes by fd for iommufd."""
     if need.obj.get("iommufd"):
         return (vfio.cdev,) if vfio.cdev else ()
     return (VFIO_CONTAINER, vfio.group) if vfio.group else ()

@@ -39,6 +39,7 @@ class Sys:
             (device / "iommu_group").symlink_to(members.parent)
         if cdev:
             (device / "vfio-dev" / cdev).mkdir(parents=True)
+            (device / "vfio-dev" / cdev / "dev").write_text("511:0\n")
         return device
 
 
@@ -61,7 +62,7 @@ def test_a_device_and_its_group(sys: Sys) -> None:
     assert look_at_vfio(str(device)) == VfioFact("/dev/vfio/01", "/dev/vfio/devices/vfio3", "vfio-pci", mediated=False)
     assert find_nodes(str(device)) == ("/dev/vfio/vfio", "/dev/vfio/01", "/dev/vfio/devices/vfio3")
     assert given(device) == ["ro PLACE", "device /dev/vfio/vfio", "device /dev/vfio/01"]
-    assert given(device, ",iommufd=i") == ["ro PLACE", "device /dev/vfio/devices/vfio3"]
+    assert given(device, ",iommufd=i") == ["ro PLACE", "open /dev/vfio/devices/vfio3 rw alone"]
 
 
 def test_a_part_of_a_device(sys: Sys) -> None:
@@ -69,7 +70,7 @@ def test_a_part_of_a_device(sys: Sys) -> None:
     assert look_at_vfio(str(device)) == VfioFact("/dev/vfio/01", "/dev/vfio/devices/vfio0", "intel_vgpu_mdev", mediated=True)
     shown = ["ro PLACE", "ro PLACE/subsystem"]
     assert given(device) == [*shown, "device /dev/vfio/vfio", "device /dev/vfio/01"]
-    assert given(device, ",iommufd=i") == [*shown, "device /dev/vfio/devices/vfio0"]
+    assert given(device, ",iommufd=i") == [*shown, "open /dev/vfio/devices/vfio0 rw alone"]
 
 
 @pytest.mark.parametrize("more", ["", ",iommufd=i"])

@@ -313,7 +313,6 @@ def test_a_usb_device_is_named_by_its_node() -> None:
     ("more", "grants"),
     [
         ({"sysfsdev": "/sys/x"}, ["ro /sys/x", "device /dev/vfio/vfio", "device /dev/vfio/01"]),
-        ({"sysfsdev": "/sys/x", "iommufd": "i"}, ["ro /sys/x", "device /dev/vfio/devices/vfio0"]),
         ({"sysfsdev": "/nowhere"}, []),
     ],
 )
@@ -323,6 +322,16 @@ def test_the_nodes_of_vfio(more: dict[str, Any], grants: list[str]) -> None:
         grants,
         json.dumps({"execute": "device_add", "arguments": arguments_of(found), "id": 1}),
     )
+
+
+def test_for_iommufd_the_devices_own_node_is_passed_by_name() -> None:
+    arguments = {"driver": "vfio-pci", "sysfsdev": "/sys/x", "iommufd": "i"}
+    found = plan("device_add", arguments)
+    assert asked(found) == ["ro /sys/x", "open /dev/vfio/devices/vfio0 rw alone"]
+    assert arguments_of(found) == {**arguments, "fd": NAME}
+    hmp = {"command-line": "device_add vfio-pci,sysfsdev=/sys/x,iommufd=i"}
+    found = plan(HMP, hmp)
+    assert (asked(found), arguments_of(found)) == (["ro /sys/x", "device /dev/vfio/devices/vfio0"], hmp)
 
 
 def test_root_makes_the_nodes_that_qemu_may_not_open_anew() -> None:
