@@ -100,6 +100,13 @@ def test_what_is_selected_is_there(suite: str) -> None:
         assert not function or re.search(rf"^def {function}\(", text, re.MULTILINE), name
 
 
+def test_what_is_for_a_host_alone_is_selected() -> None:
+    files = (CHECKOUT / "integration").glob("test_*.py")
+    marked = {f"integration/{path.name}" for path in files if re.search(r"mark[.]host\b", path.read_text())}
+    assert len(marked) > 5
+    assert marked <= {name.partition("::")[0] for suite in SUITES for name in SELECTIONS[suite].tests}
+
+
 @pytest.mark.parametrize(
     ("words", "suites", "limit", "command"),
     [

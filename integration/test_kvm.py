@@ -12,7 +12,7 @@ import pytest
 
 from integration.rom import EXIT_DEVICE, build_rom, exit_status
 from integration.shares import Launch, dropin_words
-from integration.talk import fds_of
+from integration.talk import fds_of, version_of
 from tests.conftest import KVM, lacking, probe_kvm
 
 if TYPE_CHECKING:
@@ -72,12 +72,25 @@ def test_kvm_is_really_used(launch: Launch) -> None:
         assert qemu.stdout is not None
         assert "QEMU" in qemu.stdout.readline()
         targets = set(fds_of(qemu.pid).values())
-        capabilities = Path(f"/proc/{qemu.pid}/status").read_text().partition("CapEff:\t")[2].split()[0]
+        proc = Path(f"/proc/{qemu.pid}")
+        capabilities = (proc / "status").read_text().partition("CapEff:\t")[2].split()[0]
+        by_fdset, shown = b"kvm,device=/dev/fdset/" in (proc / "cmdline").read_bytes(), (proc / "root/dev/kvm").exists()
+        may_open = may_open_kvm(proc)
         output, _ = qemu.communicate("info kvm\nquit\n", timeout=60)
     assert "kvm support: enabled" in output
     assert "anon_inode:kvm-vm" in targets
     assert {target for target in targets if target.startswith("/dev/")} <= {"/dev/kvm", "/dev/null", "/dev/ptmx"}
     assert int(capabilities, 16) == 0
+    assert (by_fdset, shown) == ((True, False) if version_of(*PLAIN) >= (9, 0) and not may_open else (False, True))
+
+
+def may_open_kvm(proc: Path) -> bool:
+    """Say whether a process could open /dev/kvm by itself."""
+    fields = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    uids, gids = (set(map(int, fields[name].split())) for name in ("Uid", "Gid"))
+    gids |= set(map(int, fields["Groups"].split()))
+    found = KVM.stat()
+    return found.st_mode & 0o006 == 0o006 or found.st_uid in uids or found.st_gid in gids
 
 
 @pytest.mark.kvm

@@ -172,6 +172,12 @@ def test_without_the_right_to_it_qemu_does_as_without_us(unprivileged_user: str,
     assert found[0][1].endswith(": Permission denied")
 
 
+def test_vhostforce_alone_is_enough() -> None:
+    with running([*dropin_words()], "-netdev", f"tap,id=n,ifname=t0,{NO_SCRIPTS},vhostforce=on") as vm:
+        assert (vhost_fds(vm.pid), vhost_workers(vm.pid)) == (1, 1)
+        vm.quit()
+
+
 def test_an_fd_of_the_callers_is_kept() -> None:
     """As libvirt passes it."""
     with VHOST.open("r+b", buffering=0) as vhost:

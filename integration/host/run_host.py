@@ -112,7 +112,7 @@ def qemu_words(host: HostFiles, home: Path) -> list[str]:
         *("-cpu", "max", "-smp", "1", "-m", str(MEMORY_MIB)),
         *("-kernel", str(host.kernel), "-initrd", str(host.initramfs)),
         *("-append", "console=ttyS0 panic=-1 loglevel=4 intel_iommu=on"),
-        *("-device", "intel-iommu,intremap=on", "-nic", "none", "-device", "e1000e"),  # a device for vfio
+        *("-device", "intel-iommu,intremap=on", "-netdev", "user,id=vfio,restrict=on", "-device", "e1000e,netdev=vfio"),
         # What is handed on to guests: a USB device, a parallel port, a CD. (With a TPM, SeaBIOS leaves the kernel no ACPI.)
         *("-device", "qemu-xhci", "-device", "usb-tablet"),
         *("-chardev", "null,id=parallel", "-device", "isa-parallel,chardev=parallel"),
