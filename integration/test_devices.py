@@ -17,7 +17,8 @@ import pytest
 from integration.huge_pages import HUGE_BYTES, HUGE_TOTAL, PAGES, huge_pages
 from integration.plugged import Vm, plugged
 from integration.shares import Launch, dropin_words
-from integration.talk import DEADLINE_S, PLAIN, is_listening, outcome, wait_until
+from integration.talk import DEADLINE_S, PLAIN, is_listening, outcome, started, wait_until
+from integration.test_hotplug_guest import booting
 from integration.vm import running_guest
 from qemu_userns.catalogue.ways import OWN_FDSET_BASE
 from qemu_userns.plan.refusals import NO_NODE
@@ -31,6 +32,9 @@ pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytes
 PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "32", "-S"]
 MIB = 1 << 20
 LIBC = ctypes.CDLL(None, use_errno=True)
+# TPM2_GetRandom for eight bytes: Trusted Platform Module Library, part 3. In shell's and in hexadecimal.
+GET_RANDOM = r"\200\001\0\0\0\014\0\0\001\173\0\010"
+ANSWER = "8001" + "00000014" + "00000000" + "0008" + "[0-9a-f]{16}"
 PR_SCHED_CORE, PR_SCHED_CORE_GET, PR_SCHED_CORE_CREATE, SCOPE_THREAD = 62, 0, 1, 0
 BLOCK = b"\x5a" * 4096
 
@@ -330,21 +334,32 @@ def test_a_source_of_random_numbers_of_roots(launch: Launch, shared_tmp: Path) -
         vm.qmp.execute("object-del", id="r2")
 
 
-def test_a_tpm_of_swtpm(launch: Launch, shared_tmp: Path) -> None:
-    """Its socket is the caller's alone: connected outside where QEMU's id may not."""
+@pytest.fixture
+def swtpm(shared_tmp: Path) -> Iterator[list[str]]:
+    """Return the options of a TPM whose socket is the caller's alone: connected outside where QEMU's id may not."""
     state, path = shared_tmp / "tpm", shared_tmp / "tpm.sock"
     state.mkdir()
     words = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--ctrl", f"type=unixio,path={path}", "--terminate"]
-    with subprocess.Popen(words) as swtpm:
-        try:
-            wait_until(lambda: is_listening(path), "swtpm's socket")
-            options = ["-chardev", f"socket,id=t,path={path}", "-tpmdev", "emulator,id=tpm,chardev=t"]
-            with plugged(shared_tmp / "vm", launch, *options, "-device", "tpm-tis,tpmdev=tpm", machine=PC) as vm:
-                (found,) = vm.qmp.execute("query-tpm")
-                assert (found["id"], found["model"], found["options"]["type"]) == ("tpm", "tpm-tis", "emulator")
-                assert "0x00011014" in vm.qmp.hmp("xp /1xw 0xfed40f00")  # the vendor, as it says in its registers
-        finally:
-            swtpm.kill()
+    with started(words):
+        wait_until(lambda: is_listening(path), "swtpm's socket")
+        backend = ["-chardev", f"socket,id=t,path={path}", "-tpmdev", "emulator,id=tpm,chardev=t"]
+        yield [*backend, "-device", "tpm-tis,tpmdev=tpm"]
+
+
+def test_a_tpm_of_swtpm(launch: Launch, shared_tmp: Path, swtpm: list[str]) -> None:
+    with plugged(shared_tmp / "vm", launch, *swtpm, machine=PC) as vm:
+        (found,) = vm.qmp.execute("query-tpm")
+        assert (found["id"], found["model"], found["options"]["type"]) == ("tpm", "tpm-tis", "emulator")
+        assert "0x00011014" in vm.qmp.hmp("xp /1xw 0xfed40f00")  # the vendor, as it says in its registers
+
+
+@pytest.mark.slow
+def test_a_guest_asks_a_tpm(launch: Launch, shared_tmp: Path, swtpm: list[str]) -> None:
+    """For random numbers. With a TPM SeaBIOS leaves the kernel no ACPI, by which it would look for one."""
+    with booting(launch, shared_tmp, *swtpm, kernel_arguments="tpm_tis.force=1 tpm_tis.interrupts=0") as found:
+        assert found.guest.check("cat /sys/class/tpm/tpm0/tpm_version_major") == "2\n"
+        ask = f"exec 3<>/dev/tpm0; printf '{GET_RANDOM}' >&3; head -c 20 <&3 | hexdump -v -e '1/1 \"%02x\"'"
+        assert re.fullmatch(ANSWER, found.guest.check(ask))
 
 
 # --- memory -------------------------------------------------------------------------------------------------------------
@@ -425,12 +440,16 @@ def test_cpu_threads_are_pinned_from_outside(launch: Launch, shared_tmp: Path) -
 
 
 def test_cpu_threads_get_a_core_of_their_own_as_plain_qemus_do(launch: Launch, shared_tmp: Path) -> None:
-    """Core scheduling from outside, by who started QEMU: prctl(2), PR_SCHED_CORE; few kernels have it."""
+    """Core scheduling from outside, by who started QEMU: prctl(2), PR_SCHED_CORE. It takes the right to look into a thread.
+
+    Debian's kernels have no CONFIG_SCHED_CORE (6.1, 6.12): they answer EINVAL whatever the thread.
+    """
     found = []
     for name, how in (("plain", None), ("dropin", launch)):
         with plugged(shared_tmp / name, how, machine=PC) as vm:
             (cpu,) = vm.qmp.execute("query-cpus-fast")
             found.append(share_no_core(cpu["thread-id"]))
+            assert list(Path(f"/proc/{vm.process.pid}/task/{cpu['thread-id']}/fd").iterdir())
     assert found[0] == found[1]
 
 

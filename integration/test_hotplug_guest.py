@@ -70,20 +70,26 @@ class Booted:
 
 @pytest.fixture
 def booted(launch: Launch, shared_tmp: Path) -> Iterator[Booted]:
-    home = shared_tmp / "home"
-    home.mkdir()
-    machine = machine_options(home, ACCELERATOR, 128, "qemu_userns_serve")
     slots = [word for n in range(SLOTS) for word in ("-device", f"pcie-root-port,id=slot{n},chassis={n + 1},bus=pcie.0")]
+    with booting(launch, shared_tmp, *slots) as found:
+        assert found.vm.other
+        yield found
+
+
+@contextlib.contextmanager
+def booting(launch: Launch, folder: Path, *options: str, kernel_arguments: str = "") -> Iterator[Booted]:
+    """Boot the guest, which is killed at the end."""
+    home = folder / "home"
+    home.mkdir()
+    machine = machine_options(home, ACCELERATOR, 128, f"qemu_userns_serve {kernel_arguments}")
     ours, theirs = socket.socketpair()
     with ours, contextlib.ExitStack() as stack:
         with theirs:
             command = port_options("command", f"socket,fd={theirs.fileno()}")
             vm = stack.enter_context(
-                plugged(shared_tmp / "vm", launch, *slots, *command, machine=machine, pass_fds=(theirs.fileno(),))
+                plugged(folder / "vm", launch, *options, *command, machine=machine, pass_fds=(theirs.fileno(),))
             )
-        assert vm.other
-        found = Booted(vm, Guest(ours, home))
-        yield found
+        yield Booted(vm, Guest(ours, home))
 
 
 def wait_for(condition: str) -> str:

@@ -633,6 +633,8 @@ def test_a_guest_talks_over_taps(launch: Launch, shared_tmp: Path) -> None:
 def test_two_guests_talk_through_a_bridge(shared_tmp: Path) -> None:
     """Over taps with one queue and with four, that are there from the start and that are plugged in: ping, and 4 MiB of data.
 
+    And with another network over a veth.
+
     The ids of one are leased, where root tests, and the other is somebody's.
     """
     ip("link", "add", "b0", "type", "bridge")
@@ -642,6 +644,10 @@ def test_two_guests_talk_through_a_bridge(shared_tmp: Path) -> None:
         ip("addr", "flush", "dev", nic.name)
         ip("link", "set", nic.name, "master", "b0")
     with contextlib.ExitStack() as stack:
+        far = stack.enter_context(another_network())
+        ip("link", "add", "v0", "master", "b0", "up", "type", "veth", "peer", "v1", "netns", str(far))
+        subprocess.run(["nsenter", f"--net=/proc/{far}/ns/net", "ip", "addr", "add", "10.8.1.9/24", "dev", "v1"], check=True)
+        subprocess.run(["nsenter", f"--net=/proc/{far}/ns/net", "ip", "link", "set", "v1", "up"], check=True)
         first = Booted(stack, shared_tmp / "1", launches()[0], sides[0])
         second = Booted(stack, shared_tmp / "2", launches()[-1], [])
         for slot, nic in enumerate(sides[1]):
@@ -656,5 +662,6 @@ def test_two_guests_talk_through_a_bridge(shared_tmp: Path) -> None:
             second.guest.check("while pidof nc >/dev/null; do sleep 0.1; done")
             digests = [booted.guest.check(f"sha1sum <{file}") for booted, file in ((first, "/sent"), (second, "/got"))]
             assert digests[0] == digests[1]
+        first.guest.check("ping -A -c 2 -W 5 -s 1400 10.8.1.9 >/dev/null")
         for nic in sides[1]:
             second.unplug(nic)

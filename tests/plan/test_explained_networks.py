@@ -8,9 +8,13 @@ from qemu_userns.cli.explain import describe_plan
 from tests.plans import plan_of
 
 MIB = 1 << 20
-OWN_NODE = "/dev/vfio/01 (character device, a node of QEMU's own)"
+CARD = "/sys/dev/char/0:0/device (ro)"
 LOCK = "RLIMIT_MEMLOCK: at least 1179648 KiB"
 BOTH = None  # root's is the same
+
+
+def own(node: str) -> str:
+    return f"{node} (character device, a node of QEMU's own)"
 
 
 def shown(words: str, root: bool) -> list[str]:
@@ -69,19 +73,29 @@ def shown(words: str, root: bool) -> list[str]:
         (
             "-device vfio-pci,host=01:00.0",
             ["/dev/vfio/01 (rw, device)", "/dev/vfio/vfio (rw, device)", "/sys/bus/pci/devices/0000:01:00.0 (ro)", LOCK],
-            [OWN_NODE, "/dev/vfio/vfio (rw, device)", "/sys/bus/pci/devices/0000:01:00.0 (ro)", LOCK],
+            [own("/dev/vfio/01"), "/dev/vfio/vfio (rw, device)", "/sys/bus/pci/devices/0000:01:00.0 (ro)", LOCK],
         ),
         (
             "-device vfio-pci,sysfsdev=/sys/x,iommufd=i -object iommufd,id=i",
-            ["/dev/vfio/devices/vfio0 (rw, device)", "/sys/x (ro)", "fd 301: /dev/iommu, read-write", LOCK],
+            ["/sys/x (ro)", "fd 301: /dev/vfio/devices/vfio0, read-write", "fd 302: /dev/iommu, read-write", LOCK],
             BOTH,
         ),
         (
             "-device vfio-pci,sysfsdev=/sys/x-mdev",
             ["/dev/vfio/01 (rw, device)", "/dev/vfio/vfio (rw, device)", "/sys/x-mdev (ro)", LOCK],
-            [OWN_NODE, "/dev/vfio/vfio (rw, device)", "/sys/x-mdev (ro)", LOCK],
+            [own("/dev/vfio/01"), "/dev/vfio/vfio (rw, device)", "/sys/x-mdev (ro)", LOCK],
         ),
         ("-device vfio-pci,sysfsdev=/sys/x,fd=9", ["fd 9: kept"], BOTH),
+        ("-device vhost-scsi-pci,wwpn=x", ["fd 301: /dev/vhost-scsi, read-write"], BOTH),
+        ("-device usb-host,hostbus=1,hostaddr=2", ["/dev/bus/usb/001/002 (rw, device)"], [own("/dev/bus/usb/001/002")]),
+        ("-object input-linux,id=i,evdev=/dev/char3", ["/dev/char3 (rw, device)"], [own("/dev/char3")]),
+        ("-device u2f-passthru,hidraw=/dev/char0", ["/dev/char0 (rw, device)"], [own("/dev/char0")]),
+        ("-tpmdev passthrough,id=t,path=/dev/char0", ["/dev/char0 (rw, device)"], [own("/dev/char0")]),
+        ("-parallel /dev/char0", ["/dev/char0 (rw, device)"], [own("/dev/char0")]),
+        ("-device virtio-gpu-pci,blob=on", ["/dev/udmabuf (rw, device)"], [own("/dev/udmabuf")]),
+        ("-object sev-guest,id=s", ["/dev/sev (rw, device)"], [own("/dev/sev")]),
+        ("-object memory-backend-epc,id=m,size=1M", ["/dev/sgx_vepc (rw, device)"], [own("/dev/sgx_vepc")]),
+        ("-display egl-headless,rendernode=/dev/char8", ["/dev/char8 (rw, device)", CARD], [own("/dev/char8"), CARD]),
     ],
 )
 def test_each_handover_is_shown(words: str, as_user: list[str], as_root: list[str] | None) -> None:
