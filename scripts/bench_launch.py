@@ -8,7 +8,7 @@ drop-in executes in the end. Given an fd (`-add-fd`) it writes the time there an
 QEMU.
 
 What a device costs is the difference between launches with DEVICES of them: disks on files, each of which is looked up and shown,
-and nics in turn.
+and nics in turn. As root these have taps, which are opened outside.
 """
 
 import json
@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from bench_common import CHECKOUT, DROPIN, NAME, describe_host, find_real, write_json
 
-from qemu_userns.linux.process import CLONE_NEWNS, setns
+from qemu_userns.linux.process import CLONE_NEWNET, CLONE_NEWNS, setns, unshare
 
 TEST_USER = "qemu-userns-test"
 MOUNTS, AT_ONCE = 500, 16
@@ -88,11 +88,11 @@ class Way(NamedTuple):
 class Bench:
     """What all measurements share."""
 
-    def __init__(self, crowd: int | None, stub_dir: str | None, disks: list[str]) -> None:
-        """Keep fds of the mount namespaces: this one, and the crowded one if there is any; and the files of disks."""
+    def __init__(self, crowd: int | None, stub_dir: str | None, disks: list[str], taps: list[str]) -> None:
+        """Keep fds of the mount namespaces: this one, and the crowded one if there is any; and what is for devices."""
         self.own = os.open("/proc/self/ns/mnt", os.O_RDONLY)
         self.crowd = crowd
-        self.disks = disks
+        self.disks, self.taps = disks, taps
         self.env = {key: value for key, value in os.environ.items() if key != "QEMU_USERNS"}
         path = f"{stub_dir}:{self.env.get('PATH', os.defpath)}"
         self.stub_env = {**self.env, "PATH": path, "XDG_CACHE_HOME": f"{stub_dir}/cache"}  # root's is a fixed one
@@ -170,7 +170,7 @@ class Bench:
     def _spawn(self, way: Way, fd: int, env: dict[str, str], *words: str) -> int:
         os.set_inheritable(fd, True)
         monitor = ["-chardev", f"socket,id=m,fd={fd}", "-mon", f"chardev=m,mode={way.mode}"]
-        devices = list_devices(self.disks[: way.devices])
+        devices = list_devices(self.disks[: way.devices], self.taps)
         return os.posix_spawn(way.command[0], [*way.command, *MACHINE, *devices, *monitor, *words], env)
 
 
@@ -201,14 +201,15 @@ def find_ways(real: str, stub: str | None, crowded: bool, identities: dict[str, 
             yield Way(f"{name}:execve/{count}", f"{name}, to execve", command, "stub", devices=count)
 
 
-def list_devices(disks: list[str]) -> list[str]:
-    """Return the options of as many devices as there are files: disks on them, and nics in turn."""
+def list_devices(disks: list[str], taps: list[str]) -> list[str]:
+    """Return the options of as many devices as there are files: disks on them, and nics in turn, on taps if there are any."""
     words = []
     for number, path in enumerate(disks):
         slot, function = divmod(number, DEVICES_PER_SLOT)
         address = f"addr={FIRST_SLOT + slot:x}.{function},multifunction=on"
         if number % 2:
-            words += ["-netdev", f"user,id=b{number}", "-device", f"virtio-net-pci,netdev=b{number},{address}"]
+            end = f"tap,ifname={taps[number // 2]},script=no,downscript=no" if taps else "user"
+            words += ["-netdev", f"{end},id=b{number}", "-device", f"virtio-net-pci,netdev=b{number},{address}"]
         else:
             words += ["-drive", f"file={path},format=raw,if=none,id=b{number}"]
             words += ["-device", f"virtio-blk-pci,drive=b{number},{address}"]
@@ -226,6 +227,17 @@ def made_disks() -> Iterator[list[str]]:
             os.chmod(path, 0o666)
             os.truncate(path, DISK_BYTES)
         yield paths
+
+
+def make_taps() -> list[str]:
+    """Make taps in a network namespace that this process takes for its own; return their names, none where this user may not."""
+    if os.geteuid() != 0:
+        return []
+    unshare(CLONE_NEWNET)
+    names = [f"bench{number}" for number in range(max(DEVICES) // 2)]
+    for name in names:
+        subprocess.run(["ip", "tuntap", "add", "dev", name, "mode", "tap"], check=True)
+    return names
 
 
 def explain(*words: str) -> dict[str, list[dict[str, str]]]:
@@ -299,7 +311,7 @@ def bench_launch(rounds: int | None, json_file: str | None) -> None:
     identities, described = find_identities()
     with ExitStack() as stack:
         stub, crowd = stack.enter_context(compiled_stub(real)), stack.enter_context(crowded_namespace())
-        bench = Bench(crowd, stub and os.path.dirname(stub), stack.enter_context(made_disks()))
+        bench = Bench(crowd, stub and os.path.dirname(stub), stack.enter_context(made_disks()), make_taps())
         ways = list(find_ways(real, stub, crowd is not None, identities))
         samples: dict[str, list[float]] = {way.key: [] for way in ways}
         at_once = [way for way in ways if way.until == "greeting" and not way.crowded and way.mode == "control"]
