@@ -44,13 +44,14 @@ OWN_NODE = "/dev/vfio/devices/vfio0"
 STAND_INS = (
     *("vhost-vsock", "vhost-scsi", "vhost-vdpa-0", "bus/usb/001/002"),
     *(f"vfio/{GROUP}", "vfio/vfio", OWN_NODE.removeprefix("/dev/"), "iommu"),
+    RENDER_NODE.removeprefix("/dev/"),
 )
 NEW_DEV = f"""
 set -e
 mount --make-rprivate /
 mount -t tmpfs -o mode=755 dev {{folder}}
 cp -a /dev/. {{folder}} 2>/dev/null || true
-mkdir -p {{folder}}/pts {{folder}}/shm {{folder}}/vfio/devices {{folder}}/bus/usb/001
+mkdir -p {{folder}}/pts {{folder}}/shm {{folder}}/vfio/devices {{folder}}/bus/usb/001 {{folder}}/dri
 mount --bind /dev/pts {{folder}}/pts
 mount --bind /dev/shm {{folder}}/shm
 for name in {" ".join(STAND_INS)}; do rm -f {{folder}}/$name; mknod -m 600 {{folder}}/$name c 1 3; done
@@ -194,8 +195,7 @@ def test_without_kvm_what_makes_it_is_said(launch: Launch) -> None:
 @pytest.mark.parametrize(("named", "what"), [("", "egl-headless"), (f",rendernode={RENDER_NODE}", "rendernode")])
 def test_a_graphics_card_of_a_group_names_the_group(unprivileged_user: str, named: str, what: str) -> None:
     node = Path(RENDER_NODE)
-    node.parent.mkdir(exist_ok=True)
-    node.unlink(missing_ok=True)
+    node.unlink()
     os.mknod(node, stat.S_IFCHR, os.makedev(226, 128))
     shutil.chown(node, group="video")
     node.chmod(0o660)
@@ -204,6 +204,19 @@ def test_a_graphics_card_of_a_group_names_the_group(unprivileged_user: str, name
     error = f"qemu-userns: -display {what} {node}: Permission denied"
     whose = f"it belongs to 0:{node.stat().st_gid} and has mode 0660"
     assert outcome(words, env=home_of(unprivileged_user), cwd="/") == (1, "", f"{error}\nhint: {whose}; {hint}\n")
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("stand_ins")
+def test_a_graphics_card_is_opened_by_its_name(launch: Launch, shared_tmp: Path) -> None:
+    """Mesa asks the stand-in for its driver, and draws by itself."""
+    options = ["-display", f"egl-headless,rendernode={RENDER_NODE}"]
+    found = []
+    for name, how in (("plain", None), ("ours", launch)):
+        with plugged(shared_tmp / name, how, *options, machine=["-nodefaults", "-M", "none"]) as vm:
+            found.append((vm.qmp.execute("query-display-options"), list(fds_of(vm.process.pid).values()).count(RENDER_NODE)))
+    assert found[0] == found[1]
+    assert found[0][1] > 0
 
 
 @pytest.mark.root
