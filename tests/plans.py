@@ -49,6 +49,7 @@ from qemu_userns.plan.grants import (
     Node,
     Notify,
     OpenFd,
+    Passt,
     Private,
     QmpSocket,
     Refuse,
@@ -76,6 +77,7 @@ KINDS = {
     "block": (BLOCK, stat.S_IFBLK | 0o660),
     "fifo": (FIFO, stat.S_IFIFO | 0o644),
     "tun": (CHARACTER, stat.S_IFCHR | 0o666),
+    "passt": (REGULAR, stat.S_IFREG | 0o755),
     "qemu-bridge-helper": (REGULAR, stat.S_IFREG | 0o755),
     "vhost": (CHARACTER, stat.S_IFCHR | 0o660),
     "iommu": (CHARACTER, stat.S_IFCHR | 0o660),
@@ -251,7 +253,7 @@ def brief(grant: Grant) -> str:
             return "lock " + ("all" if grant.limit_bytes is None else f"{grant.limit_bytes >> 20} MiB")
         case Tap():
             return " ".join(word for word in (f"tap {grant.name or 'any'} x{len(grant.numbers)}", *scripts_of(grant)) if word)
-        case Helper():
+        case Helper() | Passt():
             return " ".join(grant.argv)
         case Consume():
             return "consume"

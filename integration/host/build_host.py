@@ -32,7 +32,7 @@ DEFAULT_MIRROR = "http://deb.debian.org/debian/"
 PACKAGES = [
     *("python3", "qemu-system-x86", "qemu-utils", "uidmap", "kmod", "busybox-static"),
     *("iproute2", "iputils-ping", "procps", "mount", "e2fsprogs", "passwd", "util-linux", "acl", "attr", "strace", "swtpm"),
-    "apparmor",
+    *("apparmor", "passt"),
 ]
 # `unshare` is compiled in the host, where Python lacks os.unshare.
 COMPILER = ["gcc", "libc6-dev", "python3-dev"]

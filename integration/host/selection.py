@@ -49,6 +49,7 @@ TABLES = (
 # What QEMU has since 9.0, and Linux since 6.9; and what QEMU could take in another way than 7.2, which is tested everywhere else.
 NEWER = (
     "integration/test_vdpa_host.py",
+    "integration/test_passt.py",
     "integration/test_hotplug_devices.py::test_iommufd_and_a_device_of_it_come_by_fd",
     "integration/test_hotplug_devices.py::test_qemu_gets_what_its_id_may_not_open",
     "integration/test_hotplug_devices.py::test_a_vsock_is_plugged_in",

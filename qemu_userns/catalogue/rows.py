@@ -65,7 +65,7 @@ def _with_buses(name: str) -> "tuple[str, ...]":
 
 
 def _taps(kind: str) -> "tuple[Row, ...]":
-    """Make the rows of taps, which QEMU opens unless fds are given; conditions are as in net/tap.c."""
+    """Make the rows of taps, which QEMU opens unless fds are given, and of passt; conditions are as in net/tap.c."""
     tap = (("type", ("tap",)), ("fd", ("",)), ("fds", ("",)))
     vhost = (("type", ("tap",)), ("vhostfd", ("",)), ("vhostfds", ("",)))
     helper, node = "/usr/lib/qemu/qemu-bridge-helper", "/dev/vhost-net"
@@ -73,6 +73,8 @@ def _taps(kind: str) -> "tuple[Row, ...]":
         Row(kind, "type", ways.TAP, (*tap, ("helper", ("",))), node="/dev/net/tun"),
         Row(kind, "type", ways.BRIDGE, tap, node=helper),
         Row(kind, "type", ways.BRIDGE, (("type", ("bridge",)),), node=helper),
+        Row(kind, "path", ways.PASST, (("type", ("passt",)),)),
+        Row(kind, "type", ways.PASST, (("type", ("passt",)), ("path", ("",)), ("vhost-user", ("", "off"))), node="passt"),
         Row(kind, "vhost", ways.VHOST, (*vhost, ("vhost", ("on",))), node=node),
         Row(kind, "vhostforce", ways.VHOST, (*vhost, ("vhost", ("",)), ("vhostforce", ("on",))), node=node),
     )
@@ -104,9 +106,9 @@ _NO_NETDEVS = (
         "",
         "",
         ways.REFUSE,
-        (("type", ("passt",)),),
-        "QEMU would start passt, which makes namespaces of its own, and QEMU and what it starts may make none",
-        "start passt --socket PATH outside, and use -netdev stream,addr.type=unix,addr.path=PATH",
+        (("type", ("passt",)), ("vhost-user", ("on",))),
+        "a nic of vhost-user takes no fd, and what QEMU starts may not make the namespaces that passt makes",
+        "leave vhost-user=on out, or start passt --vhost-user --socket PATH outside, and use a chardev with -netdev vhost-user",
     ),
 )
 _NO_DESKTOP = "it needs the caller's desktop (X or Wayland, D-Bus, /dev/dri), which QEMU does not see"

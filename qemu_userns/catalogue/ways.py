@@ -32,6 +32,7 @@ TPM = "tpm"  # a TPM of the host, with the file by which a command of its is can
 RENDER = "render node"  # of a graphics card, or the directory of all, where QEMU takes the first one that it may open
 TAP = "tap"  # a tap, which QEMU opens by /dev/net/tun, or takes as fds
 BRIDGE = "bridge"  # a tap that a set-uid program makes and opens: qemu-bridge-helper
+PASST = "passt"  # a program that is a network, at the other end of a socket
 VHOST = "vhost"  # /dev/vhost-net, once for each queue of a tap
 USB = "usb"  # a USB device of the host, which QEMU looks for by other means than its node
 VFIO = "vfio"  # a device of the host that vfio drives: its address on the PCI bus, or its directory in /sys

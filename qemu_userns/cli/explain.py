@@ -13,6 +13,7 @@ from qemu_userns.plan.grants import (
     Monitor,
     Notify,
     OpenFd,
+    Passt,
     QmpSocket,
     Reserved,
     Tap,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from qemu_userns.plan.plan import Confinement, Plan
     from qemu_userns.request import Request
 
-_FD_GRANTS = (KeepFd, OpenFd, Tap, Helper, Listen, Connect, Reserved, Virtiofsd)
+_FD_GRANTS = (KeepFd, OpenFd, Tap, Helper, Passt, Listen, Connect, Reserved, Virtiofsd)
 _NETWORKS = {CALLERS_NETWORK: "the caller's", NO_NETWORK: "QEMU's own, without any interface"}
 _CAPABILITIES = {0: "chown", 1: "dac_override", 3: "fowner", 4: "fsetid"}
 _SCOPES = {1: "abstract sockets", 2: "signals"}

@@ -119,6 +119,10 @@ def _candidates(need: "Need") -> "tuple[str, ...]":
         from qemu_userns.plan.taps import HELPERS
 
         return HELPERS
+    if need.way == ways.PASST:
+        from qemu_userns.plan.passt import list_programs
+
+        return (*list_programs(need.path), need.path)
     if need.way == ways.READ_MODULES:
         return (*(module.partition(" ")[0] for module in need.path.split(",")), need.path)
     if need.way == ways.TPM:

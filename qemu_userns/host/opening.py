@@ -26,6 +26,7 @@ from qemu_userns.plan.grants import (
     Monitor,
     Node,
     OpenFd,
+    Passt,
     QmpSocket,
     Reserved,
     Run,
@@ -210,6 +211,10 @@ def _open(grant: Grant, identity: "Identity", lease_fd: "int | None", opened: Op
             from qemu_userns.host.programs import open_program
 
             opened.take(open_program(grant.argv), grant.number)
+        case Passt():
+            from qemu_userns.host.programs import open_passt
+
+            opened.take(open_passt(grant), grant.number)
         case Tap() | Helper():
             from qemu_userns.host.taps import open_tap
 

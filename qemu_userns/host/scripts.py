@@ -3,6 +3,7 @@
 import os
 
 from qemu_userns.linux.process import SIGCHLD, SIGPIPE, SIGXFSZ, close_all_but, reap, reset_signal
+from qemu_userns.plan.grants import HELPER_FD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 _EXITED_1 = 1 << 8  # wait status of what cannot be executed: wait(2)
 _STATUS_MAX_BYTES = 16
+_ERROR_MAX_BYTES = 2000
 
 
 def run_script(path: str, interface: str) -> int:
@@ -23,6 +25,27 @@ def run_downscripts(downscripts: "Iterable[Downscript]") -> None:
     """Run each; what one that fails leaves stays, as there is nobody to tell."""
     for item in downscripts:
         run_script(item.path, item.interface)
+
+
+def run_said(argv: "tuple[str, ...]", helper_fd: int) -> "tuple[int, str]":
+    """Run a helper to its end; return its wait status, and what it said on stderr, which the supervisor has not.
+
+    Args:
+        argv: the helper and its words.
+        helper_fd: what it has as HELPER_FD, which is borrowed.
+    """
+    said = os.memfd_create("qemu-userns-helper", os.MFD_CLOEXEC)
+    status = run_to_end(argv, ((said, 2), (helper_fd, HELPER_FD)))
+    text = os.pread(said, _ERROR_MAX_BYTES, 0).decode(errors="replace").strip()
+    os.close(said)
+    return status, text
+
+
+def describe_end(argv: "tuple[str, ...]", status: int) -> str:
+    """Say how a helper ended that said nothing."""
+    if not os.access(argv[0], os.X_OK):
+        return f"{argv[0]} cannot be executed"
+    return f"{argv[0]} ended with status {status}"
 
 
 def run_to_end(argv: "tuple[str, ...]", fds: "tuple[tuple[int, int], ...]" = ()) -> int:

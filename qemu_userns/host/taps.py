@@ -25,8 +25,8 @@ from _socket import (
 
 from qemu_userns.errors import ResourceError
 from qemu_userns.host.leftovers import Downscript
-from qemu_userns.host.scripts import run_script, run_to_end
-from qemu_userns.plan.grants import HELPER_FD, Helper, Tap
+from qemu_userns.host.scripts import describe_end, run_said, run_script
+from qemu_userns.plan.grants import Helper, Tap
 from qemu_userns.plan.taps import HELPERS, NAME_HELPER, is_command
 
 TYPE_CHECKING = False
@@ -44,7 +44,6 @@ _IFREQ = "16sH22x"
 _ANY_NAME = "tap%d"
 _CAP_NET_ADMIN = 12
 _NOBODY = -1  # of a tap without an owner, or without a group
-_ERROR_MAX_BYTES = 2000
 # The supervisor of a VM that has just ended holds its tap until the script has run.
 _BUSY_TRIES, _BUSY_PAUSE_S = 100, 0.02
 
@@ -186,11 +185,8 @@ def _choose_flags(grant: Tap, features: int) -> int:
 def _run_helper(grant: Helper) -> int:
     """Run qemu-bridge-helper; return the tap that it opens, an owned fd."""
     ours, theirs = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
-    said = os.memfd_create("qemu-userns-helper", os.MFD_CLOEXEC)  # the supervisor has no stderr
-    status = run_to_end(grant.argv, ((said, 2), (theirs.fileno(), HELPER_FD)))
+    status, text = run_said(grant.argv, theirs.fileno())
     theirs.close()
-    text = os.pread(said, _ERROR_MAX_BYTES, 0).decode(errors="replace").strip()
-    os.close(said)
     try:
         _, ancillary, _, _ = ours.recvmsg(1, CMSG_SPACE(4), MSG_CMSG_CLOEXEC | MSG_DONTWAIT)
     except OSError:
@@ -202,15 +198,8 @@ def _run_helper(grant: Helper) -> int:
         for fd in fds:
             os.close(fd)
         what = "bridge helper failed" if fds else "failed to recv file descriptor"
-        raise ResourceError(grant.why, f"{what}: {text or _describe_end(grant, status)}")
+        raise ResourceError(grant.why, f"{what}: {text or describe_end(grant.argv, status)}")
     return fds[0]
-
-
-def _describe_end(grant: Helper, status: int) -> str:
-    """Say how a helper ended that said nothing."""
-    if not os.access(grant.argv[0], os.X_OK):
-        return f"{grant.argv[0]} cannot be executed"
-    return f"{grant.argv[0]} ended with status {status}"
 
 
 def may_configure() -> bool:

@@ -11,11 +11,11 @@ from qemu_userns.catalogue.ways import FDS_PER_COMMAND, OWN_FDSET_BASE
 from qemu_userns.cmdline.hmp import parse_hmp
 from qemu_userns.cmdline.json import parse_json
 from qemu_userns.cmdline.objects import CommandLine
-from qemu_userns.cmdline.source import Edit, append, apply_edits, remove, replace
+from qemu_userns.cmdline.source import Edit, Source, append, apply_edits, remove, replace
 from qemu_userns.errors import CommandLineError
 from qemu_userns.plan.draft import Draft
 from qemu_userns.plan.facts import MISSING
-from qemu_userns.plan.grants import Connect, Helper, Listen, OpenFd, Run, Tap
+from qemu_userns.plan.grants import Connect, Helper, Listen, OpenFd, Passt, Run, Tap
 from qemu_userns.plan.handover import hand_over
 from qemu_userns.plan.plan import NO_HOST, Granted
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # Getfd names of our own; those of clients may be anything else that begins with no digit.
 NAME_PREFIX = "qemu-userns."
+_NAMED = (Connect, Listen, Run, Helper, Passt)  # each is one fd, which QEMU has by its getfd name
 _SHELL = ("/bin/sh", "-c")
 _KEY_BEFORE_LIST = re.compile(r"""(["'])\w+\1\s*:\s*\[\s*\Z""")
 
@@ -60,7 +61,7 @@ class CommandPlan(Granted):
         for grant in self.grants:
             if isinstance(grant, Tap):
                 numbers += grant.numbers
-            elif isinstance(grant, Connect | Listen | Run | Helper) or (isinstance(grant, OpenFd) and grant.fdset is None):
+            elif isinstance(grant, _NAMED) or (isinstance(grant, OpenFd) and grant.fdset is None):
                 numbers.append(grant.number)
         return tuple((_name(self.first_number, number), number) for number in numbers)
 
@@ -233,7 +234,7 @@ def build_command_plan(
     """
     draft = CommandDraft(text, objects, facts, identity, first_number)
     draft.host_tree, draft.version, draft.memory, draft.taps = host_tree, version, memory, taps
-    commandline = CommandLine((), (), (), tuple(objects))
+    commandline = CommandLine((), (), (Source(text, name, 0),), tuple(objects))
     after = text
     try:
         for need in needs:

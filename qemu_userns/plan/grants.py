@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qemu_userns.plan.identity import MountMap
 
-HELPER_FD = 3  # of qemu-bridge-helper: a socket
+HELPER_FD = 3  # of qemu-bridge-helper and passt: a socket
 
 READ = 4
 WRITE = 2
@@ -269,6 +269,17 @@ class Helper(Grant):
     def describe(self) -> str:
         """Say what runs."""
         return f"fd {self.number}: the tap that {' '.join(self.argv)} opens, run outside"
+
+
+class Passt(Grant):
+    """A socket, whose other end a passt has that is run outside, and that ends with it; passed by number, or by name."""
+
+    argv: "tuple[str, ...]"  # HELPER_FD is its end
+    number: int
+
+    def describe(self) -> str:
+        """Say what runs."""
+        return f"fd {self.number}: a socket to {' '.join(self.argv)}, run outside, which ends with it"
 
 
 def _describe_fds(numbers: "tuple[int, ...]") -> str:

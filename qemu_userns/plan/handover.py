@@ -289,6 +289,12 @@ def _network(draft: "Draft", need: "Need", _: "CommandLine") -> None:
     taps.hand_over(draft, need)
 
 
+def _passt(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
+    from qemu_userns.plan import passt  # as above
+
+    passt.hand_over(draft, need, commandline)
+
+
 def _consume(draft: "Draft", need: "Need", commandline: "CommandLine") -> None:
     """Take an option out."""
     draft.add(Consume(need.describe(), need.row.reason))
@@ -327,6 +333,7 @@ _HANDOVERS: "dict[str, Handover]" = {
     ways.TAP: _network,
     ways.BRIDGE: _network,
     ways.VHOST: _network,
+    ways.PASST: _passt,
     ways.USB: devices.show_usb,
     ways.TPM: devices.show_tpm,
     ways.RENDER: devices.show_render_node,

@@ -282,11 +282,13 @@ CASES = [
     *[
         case(f"-{kind} {words}", ways.REFUSE, words.partition(",")[0], f"refuse: {row.reason}")
         for kind in ("netdev", "nic")
-        for words in ("l2tpv3,id=n,src=::1", "af-xdp,id=n,ifname=eth0", "passt,id=n")
+        for words in ("l2tpv3,id=n,src=::1", "af-xdp,id=n,ifname=eth0", "passt,id=n,vhost-user=on")
         for row in ROWS
         if (row.kind, row.key, row.way) == (kind, "type", ways.REFUSE) and words.startswith(row.when[0][1][0])
     ],
     Case(("-netdev", "l2tpv3,id=n,src=::1,udp=on,srcport=1,dstport=2"), (), ()),
+    *[case(f"-{kind} passt", ways.PASST, "passt") for kind in ("netdev", "nic", "net")],  # of an older QEMU
+    *[case(f"-{kind} passt,path=/x/passt", ways.PASST, "/x/passt") for kind in ("netdev", "nic", "net")],
     Case(("-netdev", "hubport,id=n,hubid=0"), (), ()),
     # Devices
     case("-tpmdev passthrough,id=t,path=/x/char", ways.TPM, "/x/char", "device /x/char"),

@@ -10,6 +10,7 @@ from tests.plans import plan_of
 MIB = 1 << 20
 CARD = "/sys/dev/char/0:0/device (ro)"
 LOCK = "RLIMIT_MEMLOCK: at least 1179648 KiB"
+PASST = "fd 301: a socket to /x/passt --quiet --fd=3, run outside, which ends with it"
 BOTH = None  # root's is the same
 
 
@@ -19,7 +20,7 @@ def own(node: str) -> str:
 
 def shown(words: str, root: bool) -> list[str]:
     """Return what is handed over for a command line's options, as the tables have it."""
-    plan = plan_of(*words.split(), root=root, fds=(9,), version=(10, 0), lock_limit=(8 * MIB, -1))
+    plan = plan_of(*words.split(), root=root, fds=(9,), version=(10, 1), lock_limit=(8 * MIB, -1))
     tables = describe_plan(plan)
     assert tables["refused"] == []
     rows = [row for name in ("view", "fds", "limits") for row in tables[name]]
@@ -80,6 +81,7 @@ def shown(words: str, root: bool) -> list[str]:
             ["/sys/x (ro)", "fd 301: /dev/vfio/devices/vfio0, read-write", "fd 302: /dev/iommu, read-write", LOCK],
             BOTH,
         ),
+        ("-netdev passt,id=n,path=/x/passt", [PASST], BOTH),
         (
             "-device vfio-pci,sysfsdev=/sys/x-mdev",
             ["/dev/vfio/01 (rw, device)", "/dev/vfio/vfio (rw, device)", "/sys/x-mdev (ro)", LOCK],

@@ -21,6 +21,7 @@ HELPER = "/usr/lib/qemu/qemu-bridge-helper --use-vnet --fd=3"
 NO_NODE = PathFact("/dev/net/tun", "/dev/net/tun", ABSENT)
 CLOSED = PathFact("/dev/net/tun", "/dev/net/tun", CHARACTER, mode=0o20600, readable=False)
 N = "qemu-userns.7"
+MAC = "52:54:00:00:00:01"
 
 
 def last_word(*words: str, **more: Any) -> str:
@@ -265,6 +266,12 @@ def test_a_command_names_its_fds(before: dict[str, Any], after: dict[str, Any], 
             {"type": "tap", "id": "n", "queues": 4, "vhost": True, "sndbuf": 1 << 20, "vnet_hdr": False},
         ),
         ("netdev_add bridge,id=n,br=b,id=m", {"type": "bridge", "id": "n", "br": "b"}),
+        (
+            "netdev_add passt,id=n,mtu=1400,notcp,param=-4,param=--trace,mac=52:54:00:00:00:01",
+            {"type": "passt", "id": "n", "mtu": 1400, "tcp": False, "param": [{"str": "-4"}, {"str": "--trace"}], "mac": MAC},
+        ),
+        ("netdev_add passt,id=n,ifname=x", None),
+        ("netdev_add tap,id=n,mtu=1400", None),
         ("netdev_add tap,id=n,fd=9", None),
         ("netdev_add tap,id=n,bogus=9", None),
         ("netdev_add tap,id=n,queues=x", None),
