@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import select
@@ -424,13 +425,12 @@ def test_a_limit_that_is_not_enough_is_named(launch: Launch) -> None:
 # --- threads ------------------------------------------------------------------------------------------------------------
 
 
-def test_cpu_threads_are_pinned_from_outside(launch: Launch, shared_tmp: Path) -> None:
-    """By who started it, and by root: query-cpus-fast tells ids of the host."""
-    with plugged(shared_tmp / "vm", launch, "-smp", "2", machine=PC) as vm:
-        threads = [cpu["thread-id"] for cpu in vm.qmp.execute("query-cpus-fast")]
-        assert len(set(threads)) == 2
-        allowed = os.sched_getaffinity(0)
-        for thread, cpu in zip(threads, sorted(allowed), strict=False):
+def test_threads_are_pinned_from_outside(launch: Launch, shared_tmp: Path) -> None:
+    """By who started it, and by root: query-cpus-fast and query-iothreads tell ids of the host."""
+    with plugged(shared_tmp / "vm", launch, "-smp", "2", "-object", "iothread,id=io", machine=PC) as vm:
+        threads = [found["thread-id"] for found in (*vm.qmp.execute("query-iothreads"), *vm.qmp.execute("query-cpus-fast"))]
+        assert len(set(threads)) == 3
+        for thread, cpu in zip(threads, itertools.cycle(sorted(os.sched_getaffinity(0))), strict=False):
             assert Path(f"/proc/{vm.process.pid}/task/{thread}").exists()
             os.sched_setaffinity(thread, {cpu})
             assert os.sched_getaffinity(thread) == {cpu}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from integration.plugged import plugged
 from integration.shares import Launch, dropin_words
 from integration.talk import REAL, as_user, fds_of, home_of, outcome, started, version_of, wait_until
-from integration.test_hotplug_guest import wait_for
+from integration.test_hotplug_guest import booting, wait_for
 from integration.vm import running_guest
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.userns, pytest.mark.newuidmap, pytes
 PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "32", "-S"]
 CID = 4021
 TPM_TRIES, TPM_S = 4, 30
-SPARE_NIC = "0x10d3"  # e1000e
+SPARE_NIC, SPARE_DISK = "0x10d3", "0x0010"  # e1000e, QEMU's NVMe
 
 
 # --- vhost-vsock --------------------------------------------------------------------------------------------------------
@@ -113,21 +114,28 @@ def test_all_memory_is_locked_for_a_user_whose_limit_is_enough(unprivileged_user
 
 @pytest.fixture
 def spare_nic() -> Iterator[str]:
-    """Give the test host's second nic, which is behind its iommu, to vfio-pci; return its address."""
+    """Give the test host's second nic to vfio-pci; return its address."""
+    with bound_to_vfio(SPARE_NIC) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def bound_to_vfio(model: str) -> Iterator[str]:
+    """Give a device of the test host's, which is behind its iommu, to vfio-pci; yield its address."""
     subprocess.run(["modprobe", "vfio-pci"], check=True)
-    nics = [path for path in Path("/sys/bus/pci/devices").iterdir() if (path / "device").read_text().strip() == SPARE_NIC]
-    assert nics, "the test host has no e1000e"
-    nic = nics[0]
-    assert (nic / "iommu_group").exists(), "the test host has no iommu"
-    (nic / "driver_override").write_text("vfio-pci")
-    if (nic / "driver").exists():
-        (nic / "driver/unbind").write_text(nic.name)
-    Path("/sys/bus/pci/drivers_probe").write_text(nic.name)
-    group = Path("/dev/vfio", (nic / "iommu_group").resolve().name)
+    devices = [path for path in Path("/sys/bus/pci/devices").iterdir() if (path / "device").read_text().strip() == model]
+    assert devices, f"the test host has no {model}"
+    device = devices[0]
+    assert (device / "iommu_group").exists(), "the test host has no iommu"
+    (device / "driver_override").write_text("vfio-pci")
+    if (device / "driver").exists():
+        (device / "driver/unbind").write_text(device.name)
+    Path("/sys/bus/pci/drivers_probe").write_text(device.name)
+    group = Path("/dev/vfio", (device / "iommu_group").resolve().name)
     wait_until(group.exists, "the group's node")
-    yield nic.name
-    (nic / "driver/unbind").write_text(nic.name)
-    (nic / "driver_override").write_text("\n")
+    yield device.name
+    (device / "driver/unbind").write_text(device.name)
+    (device / "driver_override").write_text("\n")
 
 
 @pytest.mark.root
@@ -146,6 +154,23 @@ def test_a_pci_device_is_plugged_in(launch: Launch, shared_tmp: Path, spare_nic:
         vm.qmp.execute("device_add", driver="vfio-pci", id="v", host=spare_nic)
         assert any(target.startswith("anon_inode:[vfio-device]") for target in fds_of(vm.process.pid).values())
         assert int((vm.proc / "limits").read_text().split("Max locked memory")[1].split()[0]) >= 1056 << 20
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("form", ["nvme://{address}/1", 'json:{{"driver":"nvme","device":"{address}","namespace":1}}', "plugged"])
+def test_an_nvme_disk_is_qemus_own(launch: Launch, shared_tmp: Path, form: str) -> None:
+    """Which it drives itself, by vfio, without the kernel."""
+    with bound_to_vfio(SPARE_DISK) as address:
+        name = form.format(address=address).replace(",", ",,")
+        drive = [] if form == "plugged" else ["-drive", f"file={name},if=none,id=d,format=raw,readonly=on"]
+        with plugged(shared_tmp / "vm", launch, *drive, machine=PC) as vm:
+            if not drive:
+                vm.qmp.execute("blockdev-add", driver="nvme", node_name="d", device=address, namespace=1, read_only=True)
+            shown = vm.qmp.hmp('qemu-io d "read -v 0 512"')
+            with Path("/dev/vdb").open("rb") as same:
+                first = same.read(16).hex(" ", 1)
+            assert f"00000000:  {first}" in shown
+            assert int((vm.proc / "limits").read_text().split("Max locked memory")[1].split()[0]) >= 1056 << 20
 
 
 @pytest.mark.root
@@ -352,6 +377,24 @@ def test_memory_of_a_graphics_card(launch: Launch, shared_tmp: Path) -> None:
             "qemu-userns: -device blob /dev/udmabuf: there is no such device node\n"
             "hint: load the kernel's module udmabuf: modprobe udmabuf\n",
         )
+
+
+@pytest.mark.root
+@pytest.mark.kvm
+@pytest.mark.slow
+def test_a_card_is_plugged_into_a_guest_that_runs(launch: Launch, shared_tmp: Path, spare_nic: str) -> None:
+    slot = ("-device", "pcie-root-port,id=slot0,chassis=1,bus=pcie.0")
+    find = "grep -l 52:54:00:12:34:56 /sys/class/net/*/address | cut -d/ -f5"
+    with booting(launch, shared_tmp, *slot) as booted:
+        client = booted.vm.qmp
+        client.execute("device_add", driver="vfio-pci", id="v", sysfsdev=f"/sys/bus/pci/devices/{spare_nic}", bus="slot0")
+        booted.guest.check("modprobe e1000e")
+        booted.guest.check(wait_for(f'[ -n "$({find})" ]'))
+        lease = booted.guest.check(f"ip link set $({find}) up; udhcpc -n -q -f -s /bin/true -i $({find}) 2>&1")
+        assert "lease of 10.0.2." in lease
+        client.execute("device_del", id="v")
+        client.wait_event("DEVICE_DELETED", device="v")
+        assert not any("[vfio-device]" in target for target in fds_of(booted.vm.process.pid).values())
 
 
 # --- in a guest -----------------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ mkdir -p {{folder}}/pts {{folder}}/shm {{folder}}/vfio/devices {{folder}}/bus/us
 mount --bind /dev/pts {{folder}}/pts
 mount --bind /dev/shm {{folder}}/shm
 for name in {" ".join(STAND_INS)}; do rm -f {{folder}}/$name; mknod -m 600 {{folder}}/$name c 1 3; done
+mknod -m 600 {{folder}}/sgx_vepc c 1 5
 mount --move {{folder}} /dev
 """
 
@@ -217,6 +218,23 @@ def test_a_graphics_card_is_opened_by_its_name(launch: Launch, shared_tmp: Path)
             found.append((vm.qmp.execute("query-display-options"), list(fds_of(vm.process.pid).values()).count(RENDER_NODE)))
     assert found[0] == found[1]
     assert found[0][1] > 0
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("stand_ins")
+def test_memory_of_sgx_is_mapped_by_its_node(launch: Launch, shared_tmp: Path) -> None:
+    """At the start and by object-add: the stand-in can be mapped."""
+    epc = {"qom_type": "memory-backend-epc", "size": 1 << 20, "prealloc": True}
+    found = []
+    for name, how in (("plain", None), ("ours", launch)):
+        options = ("-object", "memory-backend-epc,id=e,size=1M,prealloc=on")
+        with plugged(shared_tmp / name, how, *options, machine=PC) as vm:
+            added = vm.qmp.ask("object-add", id="f", **epc)
+            shown = [(memory["id"], memory["size"], memory["share"]) for memory in vm.qmp.execute("query-memdev")]
+            found.append((added, shown))
+    assert found[0] == found[1]
+    assert found[0][0] == {"return": {}}
+    assert {("e", 1 << 20, True), ("f", 1 << 20, True)} <= set(found[0][1])
 
 
 @pytest.mark.root

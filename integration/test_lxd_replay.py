@@ -47,6 +47,7 @@ CHECK_S = 5.0
 STALL_S = 3.0
 VERSION_S = 1.0
 AT_ONCE = 10
+SECRET = "HUSH-1234567"
 
 
 def uuid_of(number: int) -> str:
@@ -104,6 +105,9 @@ def test_lxd_checks_what_qemu_can(dropin: list[str], shared_tmp: Path, shape: Sh
         monitor.unlink(missing_ok=True)
         monitor.write_bytes(b"")
     assert replies["dropin"] == replies["plain"]
+    added, cpus, _ = replies["dropin"]
+    assert added == {}
+    assert [cpu["type"] for cpu in cpus] == ["qemu64-x86_64-cpu"]
 
 
 @contextlib.contextmanager
@@ -257,6 +261,29 @@ def test_a_snaps_environment(dropin: list[str], shared_tmp: Path) -> None:
 
 
 # --- names and numbers ------------------------------------------------------------------------------------------------
+
+
+def test_no_secret_is_told(dropin: list[str], shared_tmp: Path) -> None:
+    """Contract, 27: nothing of what an object keeps is in a log, in what we say, or in what `ps` says of the supervisor."""
+    with Instance(NEW, dropin, shared_tmp) as vm:
+        pid = vm.start("-object", f"secret,id=s0,data={SECRET}")
+        supervisor = supervisor_of(pid)
+        with vm.connected() as client:
+            assert client.ask("object-add", **{"qom-type": "secret", "id": "s1", "data": SECRET}) == {}
+            assert "error" in client.reply("object-add", **{"qom-type": "secret", "id": "s1", "data": SECRET})
+            node = {"node-name": "n", "driver": "file", "filename": "/nowhere", "key-secret": SECRET}
+            assert "error" in client.reply("blockdev-add", **node)
+        told = Path(f"/proc/{supervisor}/cmdline").read_bytes() + Path(f"/proc/{supervisor}/environ").read_bytes()
+        for log in (*vm.logs.iterdir(), *Path("/run/qemu-userns").rglob("*")):
+            if log.is_file() and log.name != "qemu.conf":
+                told += log.read_bytes()
+        assert SECRET.encode() not in told
+    with Instance(NEW, dropin, shared_tmp / "refused") as vm:
+        with pytest.raises(LxdError):
+            vm.start("-object", f"secret,id=s,data={SECRET},file=/nowhere")
+        said = vm.early_log()
+        assert "qemu-userns: -object file" in said
+        assert SECRET not in said
 
 
 def test_names_with_blanks_and_long_paths(dropin: list[str], shared_tmp: Path) -> None:
@@ -448,11 +475,19 @@ def test_started_again_and_again_on_the_same_paths(dropin: list[str], shared_tmp
 
 
 @pytest.mark.root
-def test_switched_off_it_is_plain_qemu_to_the_bit(dropin: list[str], shared_tmp: Path) -> None:
+@pytest.mark.parametrize("switch", ["environment", "configuration"])
+@pytest.mark.parametrize("shape", [OLD, NEW], ids=str)
+def test_switched_off_it_is_plain_qemu_to_the_bit(dropin: list[str], shared_tmp: Path, switch: str, shape: Shape) -> None:
     seen = []
+    env = {"QEMU_USERNS": "off"}
+    if switch == "configuration":
+        config = shared_tmp / "config/qemu-userns/config.toml"
+        config.parent.mkdir(parents=True)
+        config.write_text("off = true\n")
+        env = {"XDG_CONFIG_HOME": str(config.parent.parent)}
     for name, words in (("plain", PLAIN), ("dropin", dropin)):
-        with Instance(OLD, words, shared_tmp / name) as vm:
-            pid = vm.start(env={"QEMU_USERNS": "off"})
+        with Instance(shape, words, shared_tmp / name) as vm:
+            pid = vm.start(env=env)
             argv = [word.replace(str(shared_tmp / name), "FOLDER") for word in words_of(pid)]
             fds = {fd: kind_of(target, shared_tmp / name) for fd, target in fds_of(pid).items()}
             environ = set(Path(f"/proc/{pid}/environ").read_text().split("\0")) - {"QEMU_USERNS=off"}

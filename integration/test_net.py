@@ -586,6 +586,19 @@ class Nic:
         assert int(found) == self.queues
 
 
+class BridgedNic(Nic):
+    """A tap that qemu-bridge-helper makes and puts into the bridge b0."""
+
+    def __init__(self, number: int) -> None:
+        """Give the bridge an address for it."""
+        self.number, self.queues = number, 1
+        self.name, self.mac = f"n{number}", f"52:54:00:00:00:0{number}"
+        ip("addr", "add", f"10.7.{number}.1/24", "dev", "b0")
+
+    def netdev(self) -> dict[str, Any]:
+        return {"type": "bridge", "id": self.name, "br": "b0"}
+
+
 class Booted:
     """A guest with four processors, and the VM that it runs in."""
 
@@ -628,6 +641,29 @@ def test_a_guest_talks_over_taps(launch: Launch, shared_tmp: Path) -> None:
             booted.plug(nic, slot)
             nic.check(booted.guest)
             booted.unplug(nic)
+
+
+def test_a_guest_talks_over_taps_of_the_bridge_helper(launch: Launch, shared_tmp: Path) -> None:
+    ip("link", "add", "b0", "type", "bridge")
+    ip("link", "set", "b0", "up")
+    Path("/etc/qemu/bridge.conf").write_text("allow b0\n")
+    first, second = BridgedNic(1), BridgedNic(2)
+    with contextlib.ExitStack() as stack:
+        booted = Booted(stack, shared_tmp, launch, [first])
+        first.check(booted.guest)
+        booted.plug(second, 0)
+        second.check(booted.guest)
+        booted.unplug(second)
+        assert len(os.listdir("/sys/class/net/b0/brif")) == 1
+
+
+def test_a_guest_without_the_callers_network_talks_over_its_taps(shared_tmp: Path) -> None:
+    first, second = Nic(1), Nic(2, queues=4)
+    with contextlib.ExitStack() as stack:
+        booted = Booted(stack, shared_tmp, launches()[0], [first], ("-userns", "net=none"))
+        first.check(booted.guest)
+        booted.plug(second, 0)
+        second.check(booted.guest)
 
 
 def test_two_guests_talk_through_a_bridge(shared_tmp: Path) -> None:

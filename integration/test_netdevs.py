@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import json
 import os
 import re
 import socket
@@ -101,7 +102,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_slirp_with_files_programs_and_sockets(launch: Launch, shared_tmp: Path) -> None:
+@pytest.mark.parametrize("form", ["members", "json"])
+def test_slirp_with_files_programs_and_sockets(launch: Launch, shared_tmp: Path, form: str) -> None:
     shared_tmp.chmod(0o755)
     (shared_tmp / "tftp").mkdir(mode=0o755)
     (shared_tmp / "tftp/boot").write_text("a boot file")
@@ -111,8 +113,15 @@ def test_slirp_with_files_programs_and_sockets(launch: Launch, shared_tmp: Path)
     path, port = shared_tmp / "socket", free_port()
     server = socketserver.UnixStreamServer(str(path), Speaker)
     path.chmod(0o666)
-    rules = f"guestfwd=tcp:10.0.2.100:1-cmd:{program},guestfwd=tcp:10.0.2.100:2-unix:{path},hostfwd=tcp:127.0.0.1:{port}-:7"
-    netdev = f"user,id=n,tftp={shared_tmp / 'tftp'},bootfile=boot,{rules}"
+    forwards = [f"tcp:10.0.2.100:1-cmd:{program}", f"tcp:10.0.2.100:2-unix:{path}"]
+    options = {"type": "user", "id": "n", "tftp": str(shared_tmp / "tftp"), "bootfile": "boot"}
+    netdev = json.dumps(
+        options
+        | {"guestfwd": [{"str": forward} for forward in forwards], "hostfwd": [{"str": f"tcp:127.0.0.1:{port}-:7"}]}
+    )
+    if form == "members":
+        rules = [*(f"guestfwd={forward}" for forward in forwards), f"hostfwd=tcp:127.0.0.1:{port}-:7"]
+        netdev = ",".join([*(f"{key}={value}" for key, value in options.items()), *rules])
     with speaking(server), booted(launch, shared_tmp, "-netdev", netdev, *nic("n", 1)) as guest:
         guest.check(f"ip link set {interface(1)} up && ip addr add 10.0.2.15/24 dev {interface(1)}")
         assert guest.check("tftp -g -r boot -l /tmp/boot 10.0.2.2 && cat /tmp/boot") == "a boot file"
@@ -121,6 +130,21 @@ def test_slirp_with_files_programs_and_sockets(launch: Launch, shared_tmp: Path)
         guest.check("echo from the guest >/tmp/words; (nc -l -p 7 </tmp/words >/dev/null 2>&1 &) ; sleep 0.3")
         with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as client:
             assert client.recv(64) == b"from the guest\n"
+
+
+def test_the_program_of_a_forward_is_shown_by_a_command_and_taken_away(dropin: list[str], shared_tmp: Path) -> None:
+    shared_tmp.chmod(0o755)
+    program = shared_tmp / "program"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    with running(dropin) as qemu:
+        seen = Path(f"/proc/{qemu.process.pid}/root{program}")
+        assert not seen.exists()
+        qemu.qmp.execute("netdev_add", type="user", id="n", guestfwd=[{"str": f"tcp:10.0.2.100:1-cmd:{program}"}])
+        assert seen.read_text() == "#!/bin/sh\n"
+        qemu.qmp.execute("netdev_del", id="n")
+        wait_until(lambda: not seen.exists(), "the program out of the view")
+        assert qemu.quit() == 0
 
 
 @pytest.mark.passt

@@ -169,16 +169,17 @@ def test_one_map_can_be_qemus_own(name: str, shared_tmp: Path) -> None:
 
 
 @pytest.mark.root
-def test_two_maps_cannot(shared_tmp: Path) -> None:
-    with file_systems(shared_tmp, ["ramfs"]):
+@pytest.mark.parametrize("name", NOT_MAPPABLE)
+def test_two_maps_cannot(name: str, shared_tmp: Path) -> None:
+    with file_systems(shared_tmp, [name]):
         words = []
         for tag, line in (("one", "both 1000 1000"), ("two", "both 1001 1000")):
-            (shared_tmp / "ramfs" / tag).mkdir()
-            words += [*fsdev(tag, shared_tmp / "ramfs" / tag, "passthrough"), *maps(tag, line)]
+            (shared_tmp / name / tag).mkdir()
+            words += [*fsdev(tag, shared_tmp / name / tag, "passthrough"), *maps(tag, line)]
         done = subprocess.run([*dropin_words(), "-S", *words], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"qemu-userns: share two: {shared_tmp}/ramfs/two: its file system ramfs cannot be idmapped, and QEMU's own ids follow "
+        f"qemu-userns: share two: {shared_tmp}/{name}/two: its file system {name} cannot be idmapped, and QEMU's own ids follow "
         "the map of one already\nhint: give both the same map, or move one to ext4, xfs, btrfs or tmpfs\n"
     )
 
@@ -212,6 +213,28 @@ def test_the_callers_own_subordinate_ids(launch: Launch, shared_tmp: Path) -> No
         guest.power_off()
     assert answer == "chown: other: Invalid argument\n1009 1000\n0 0\n"
     assert owners(share, "made", "other") == [(first + 19, first + 10), (os.geteuid(), os.getegid())]
+
+
+@pytest.mark.ordinary
+def test_ids_of_others_are_refused(launch: Launch, shared_tmp: Path) -> None:
+    """That is newuidmap's to say, before QEMU is started."""
+    words = [*dropin_words(), "-S", *fsdev("tag", shared_tmp, "passthrough"), *maps("tag", "both 1 1000")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "newuidmap" in done.stderr
+    assert "\nhint: " in done.stderr
+
+
+def test_ids_that_nobody_has_inside_are_65534(launch: Launch, shared_tmp: Path) -> None:
+    """Without a map too."""
+    share = [*fsdev("tag", Path("/etc"), "passthrough", ",readonly=on"), *launch.options]
+    with running_guest(dropin_words(), tmp=shared_tmp, extra=share) as guest:
+        SharedVm(launch, shared_tmp, guest).mount("tag")
+        answer = guest.check("stat -c '%u %g' /tag/passwd; cat /tag/shadow; chown 0:0 /tag/passwd; true")
+        guest.power_off()
+    assert answer.startswith(f"{OVERFLOW} {OVERFLOW}\n")
+    assert "cat: can't open '/tag/shadow'" in answer
+    assert "chown: /tag/passwd: Read-only file system" in answer
 
 
 @pytest.mark.parametrize(

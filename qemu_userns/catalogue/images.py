@@ -5,6 +5,7 @@ it before any slash.
 """
 
 from qemu_userns.catalogue import ways
+from qemu_userns.catalogue.buses import find_pci_directory
 from qemu_userns.cmdline.objects import Object
 from qemu_userns.record import Record
 
@@ -24,6 +25,7 @@ _JSON_WAYS = (
     ("config", ways.READ),
     ("server.path", ways.SOCKET),
     ("driver", ways.HOST_TREE),
+    ("device", ways.VFIO),
 )
 
 
@@ -97,6 +99,9 @@ def find_paths(name: str) -> "tuple[NamedPath, ...]":
         return (*found, *(part.replace(start=part.start + start, end=part.end + start) for part in find_paths(image)))
     if protocol == "ssh":
         return (NamedPath(name, ways.HOST_TREE, 0, len(name)),)
+    if protocol == "nvme":  # nvme://ADDRESS/NAMESPACE
+        device = find_pci_directory(rest.removeprefix("//").partition("/")[0])
+        return () if device is None else (NamedPath(device, ways.VFIO, 0, len(name)),)
     return _find_config(name) if protocol == "rbd" else _find_socket(name, protocol)
 
 
@@ -152,10 +157,23 @@ def _find_json_paths(name: str) -> "tuple[NamedPath, ...]":
         members, _ = json.parse_json(name[start:])
     except json.JsonError:
         return ()
-    return tuple(
-        NamedPath(member.value, way, member.start + start, member.end + start, in_json=True)
+    found = (
+        (member, way, _read_json_value(member.value, way))
         for member in members
         for end, way in _JSON_WAYS
-        if f".{member.key}".endswith(f".{end}") and not member.value.startswith("/dev/fdset/")
-        if way != ways.HOST_TREE or member.value == "ssh"
+        if f".{member.key}".endswith(f".{end}")
     )
+    return tuple(
+        NamedPath(path, way, member.start + start, member.end + start, in_json=True)
+        for member, way, path in found
+        if path is not None
+    )
+
+
+def _read_json_value(value: str, way: str) -> "str | None":
+    """Return what a member of a json:{...} name leads to, None for nothing of the host's."""
+    if way == ways.HOST_TREE:
+        return value if value == "ssh" else None
+    if way == ways.VFIO:
+        return find_pci_directory(value)
+    return None if value.startswith("/dev/fdset/") else value

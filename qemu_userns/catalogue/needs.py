@@ -127,11 +127,18 @@ def find_object_needs(obj: Object, table: "Table" = _TABLE) -> "Iterator[Need]":
     """Yield what one object needs; of a member that is given twice, the last one counts, but for lists."""
     for key in dict.fromkeys(member.key for member in obj.members):
         row = find_row(obj, key, table)
+        if row is None and "." in key:
+            row = find_row(obj, _name_lists(key), table)
         if row is None:
             continue
         found = obj.find_all(key)
         for member in found if row.way == ways.FORWARD else found[-1:]:
             yield from _expand(Need(row.way, row.node or member.value, obj, member, row))
+
+
+def _name_lists(key: str) -> str:
+    """Return a key as rows spell it that are about all elements of a list."""
+    return ".".join("#" if part.isdecimal() else part for part in key.split("."))
 
 
 def _expand(need: Need) -> "Iterator[Need]":
@@ -169,7 +176,7 @@ def _expand(need: Need) -> "Iterator[Need]":
             path = find_usb_node(need.obj)
             if path is not None:
                 yield need.replace(path=path)
-        case ways.VFIO if need.member is not None and need.member.key == "host":
+        case ways.VFIO if need.member is not None and need.member.key.rpartition(".")[2] in ("host", "device"):
             path = find_pci_directory(need.path)
             if path is not None:
                 yield need.replace(path=path)
@@ -217,7 +224,7 @@ def _expand_forward(need: Need) -> "Iterator[Need]":
 
     Source: net/slirp.c, slirp_guestfwd() and, since QEMU 10.2, slirp_hostfwd().
     """
-    if need.member is not None and need.member.key == "hostfwd":
+    if need.member is not None and need.member.key.startswith("hostfwd"):
         path, _, _ = need.path.removeprefix("unix:").rpartition("-")
         if path and need.path.startswith("unix:"):
             yield need.replace(way=ways.MADE, path=path)

@@ -2,8 +2,8 @@
 
 One table for the command line, -readconfig sections, -set, and QMP commands, which all build the same objects. A row with
 conditions applies only to objects whose members have one of the values; "" stands for a member that is not there. A key
-that begins with "**." matches at any depth, and its conditions are about members of that depth. What no row names goes to
-QEMU as it is.
+that begins with "**." matches at any depth, and its conditions are about members of that depth; "#" stands for the elements of
+a list. What no row names goes to QEMU as it is.
 
 Source: QEMU's qemu-options.hx and qapi/*.json, 7.2 to 11.0.
 """
@@ -169,6 +169,8 @@ ROWS: "tuple[Row, ...]" = (
     Row("blockdev", "**.path", ways.SOCKET, (("driver", ("virtio-blk-vhost-user",)),)),
     Row("blockdev", "**.path", ways.DEVICE, (("driver", ("virtio-blk-vhost-vdpa", "nvme-io_uring")),)),
     Row("blockdev", "**.path", ways.VFIO, (("driver", ("virtio-blk-vfio-pci",)),)),  # its directory in /sys; QEMU >= 8.1
+    Row("blockdev", "**.device", ways.VFIO, (("driver", ("nvme",)),)),
+    Row("drive", "**.device", ways.VFIO, (("driver", ("nvme",)),)),
     Row("iscsi", "initiator-name-file", ways.READ),
     # Memory
     *_with_values("mem-path", ways.MEMORY),
@@ -249,6 +251,7 @@ ROWS: "tuple[Row, ...]" = (
     Row("netdev", "remote.path", ways.SOCKET, (("type", ("dgram",)),)),
     Row("netdev", "sock", ways.WRITE_DIRECTORY, (("type", ("vde",)),)),
     *(Row(kind, key, ways.FORWARD) for kind in ("netdev", "nic", "net") for key in ("guestfwd", "hostfwd")),
+    *(Row("netdev", f"{key}.#.str", ways.FORWARD) for key in ("guestfwd", "hostfwd")),  # in JSON
     Row("netdev", "vhostdev", ways.OPEN, (("vhostfd", ("",)),), fd_key="vhostfd"),
     Row("device", "vhostdev", ways.DEVICE),  # vhost-vdpa-device-pci, since QEMU 8.0
     *(row.replace(kind=kind, key="type") for kind in ("netdev", "nic") for row in _NO_NETDEVS),

@@ -289,7 +289,7 @@ def _spawns(commandline: "CommandLine") -> bool:
     """Say whether QEMU will start other programs by itself."""
     return any(
         (obj.kind in ("netdev", "nic", "net") and obj.get("smb"))
-        or any("-cmd:" in member.value for member in obj.find_all("guestfwd"))
+        or any("-cmd:" in member.value and member.key.startswith("guestfwd") for member in obj.members)
         or (obj.kind == "incoming" and (obj.get("value") or "").startswith("exec:"))
         or (obj.kind == "run-with" and obj.is_on("async-teardown"))
         or (obj.kind == "display" and obj.get("type") == "spice-app")

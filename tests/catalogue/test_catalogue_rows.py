@@ -19,6 +19,7 @@ OWN_MONITOR = "monitor serves it on sockets of ours alone"
 NO_DESKTOP = "refuse: it needs the caller's desktop (X or Wayland, D-Bus, /dev/dri), which QEMU does not see"
 NO_HOME = "refuse: it takes known_hosts and keys from the caller's home, which QEMU does not see, and would then have"
 VNC = "vnc /x/new by qemu-userns"
+NVME = "/sys/bus/pci/devices/0000:02:00.0"
 VFIO = ("device /dev/vfio/vfio", "device /dev/vfio/01")
 
 
@@ -273,6 +274,12 @@ CASES = [
         ((ways.READ, "/x/file"), (ways.SOCKET, "/y/sock")),
         (RO, "rw /y/sock"),
     ),
+    Case(
+        ("-netdev", '{"type":"user","id":"n","guestfwd":[{"str":"tcp:1:1-cmd:/x/file"}],"hostfwd":[{"str":"tcp::1-:2"}]}'),
+        ((ways.READ, "/x/file"),),
+        (RO,),
+    ),
+    Case(("-netdev", '{"type":"user","id":"n","hostfwd":[{"str":"unix:/x/new-:2"}]}'), ((ways.MADE, "/x/new"),), ("rw /x",)),
     Case(("-netdev", "user,id=n,guestfwd=tcp:10.0.2.100:80-cmd:cat,hostfwd=tcp:127.0.0.1:8080-:80"), (), ()),
     Case(("-netdev", "user,id=n,guestfwd=tcp:10.0.2.100:80-tcp:127.0.0.1:8080"), (), ()),
     *[case(f"-{kind} user,hostfwd=unix:/x/new-10.0.2.15:80", ways.MADE, "/x/new", "rw /x") for kind in ("netdev", "nic", "net")],
@@ -387,6 +394,17 @@ NESTED = [
         )
     ],
     Case(("-hda", "iscsi://host/iqn.x:y/0"), (), ()),
+    *[
+        case(f"-{words}", ways.VFIO, NVME, f"ro {NVME}", *VFIO)
+        for words in (
+            "hda nvme://0:2:0.0/1",
+            "drive if=none,driver=nvme,device=0:2:0.0,namespace=1",
+            "blockdev nvme,node-name=a,device=0000:02:00.0,namespace=1",
+            'drive file=json:{"driver":"raw",,"file":{"driver":"nvme",,"device":"2:0.0",,"namespace":1}}',
+        )
+    ],
+    Case(("-hda", "nvme://bogus/1"), (), ()),
+    Case(("-hda", 'json:{"driver":"nvme","device":"bogus","namespace":1}'), (), ()),
     case('-hda json:{"driver":"rbd","pool":"p","image":"i","conf":"/x/file"}', ways.READ, "/x/file", RO),
     case(
         '-hda json:{"driver":"raw","file":{"driver":"nbd","server":{"type":"unix","path":"/x/sock"}}}',

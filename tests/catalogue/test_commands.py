@@ -59,6 +59,19 @@ CASES: list[tuple[tuple[str, dict[str, Any]], list[tuple[str, str]]]] = [
     (("blockdev-reopen", {"options": [FILE, {**FILE, "filename": "/y"}]}), [(ways.IMAGE, "/x"), (ways.IMAGE, "/y")]),
     (("x-blockdev-reopen", FILE), [(ways.IMAGE, "/x")]),
     (("netdev_add", {"type": "user", "id": "n", "smb": "/x"}), [(ways.WRITE_DIRECTORY, "/x")]),
+    (
+        (
+            "netdev_add",
+            {
+                "type": "user",
+                "id": "n",
+                "hostfwd": [{"str": "unix:/x/s-:22"}],
+                "guestfwd": [{"str": "tcp:10.0.2.100:1-cmd:/x/p a"}, {"str": "tcp:10.0.2.100:2-unix:/x/t"}],
+            },
+        ),
+        [(ways.MADE, "/x/s"), (ways.READ, "/x/p"), (ways.SOCKET, "/x/t")],
+    ),
+    (("blockdev-add", {"driver": "nvme", "device": "1:2.3", "namespace": 1}), [(ways.VFIO, "/sys/bus/pci/devices/0000:01:02.3")]),
     (("netdev_add", {"type": "tap", "id": "n", "fds": "a:b"}), [(ways.FD, "a"), (ways.FD, "b")]),
     (("netdev_add", {"type": "passt", "id": "n", "path": "/x", "param": [{"str": "-d"}]}), [(ways.PASST, "/x")]),
     (("netdev_add", {"type": "passt", "id": "n", "vhost-user": True}), [(ways.REFUSE, "passt")]),
@@ -430,7 +443,6 @@ HARMLESS = {
     ("netdev_add", "script"): _TAP,
     ("netdev_add", "downscript"): _TAP,
     ("netdev_add", "helper"): _TAP,
-    ("netdev_add", "vhostdev"): "vhost-vdpa: issue 4",
     ("object-add", "indev"): "a character device",
     ("object-add", "outdev"): "a character device",
     ("object-add", "notify_dev"): "a character device",
@@ -442,8 +454,6 @@ HARMLESS = {
 # The last words of keys that are the same wherever they stand.
 HARMLESS_KEYS = {
     "dnssearch.str": "a name for the guest",
-    "hostfwd.str": "an address of the network; unix: of QEMU 10.2 is issue 4's",
-    "guestfwd.str": "an address inside the guest's network",
 }
 # Block drivers, address families and object types with a member that only looks like a path of the host.
 HARMLESS_TAGS = {
@@ -453,7 +463,6 @@ HARMLESS_TAGS = {
     ("sheepdog", "path"): "remote",
     ("iscsi", "target"): "remote",
     ("http", "filename"): "remote",
-    ("nvme", "device"): "a PCI address, which vfio opens: issue 4",
     ("x-vfio-user-server", "device"): _DEVICE,
     ("udp", "path"): "QEMU has no datagrams but of the network",
 }
@@ -519,6 +528,15 @@ def tags_of(value: object) -> Iterator[str]:
         yield value
 
 
+# What a string of these commands may be but a path.
+ADDRESSES = {
+    **dict.fromkeys(
+        ("migrate", "migrate-incoming", "migrate-recover", "dump-guest-memory"), ("/probe", "file:/probe", "fd:/probe")
+    ),
+    "netdev_add": ("/probe", "unix:/probe-:22", "tcp:10.0.2.100:1-unix:/probe"),
+}
+
+
 def is_harmless(command: str, key: list[str], value: object) -> bool:
     last = key[-1]
     if ".".join(key[-2:]) in HARMLESS_KEYS or (command == "transaction" and (str(value["actions"][0]["type"]), last) in HARMLESS):  # type: ignore[index]
@@ -539,10 +557,8 @@ def is_handled(command: str, value: dict[str, Any]) -> bool:
             return [to_text(item) for item in inner]
         return inner
 
-    schemes = (
-        ("", "file:", "fd:") if command in ("migrate", "migrate-incoming", "migrate-recover", "dump-guest-memory") else ("",)
-    )
-    spelled = [json.loads(json.dumps(to_text(value)).replace("/probe", f"{scheme}/probe")) for scheme in schemes]
+    forms = ADDRESSES.get(command, ("/probe",))
+    spelled = [json.loads(json.dumps(to_text(value)).replace("/probe", form)) for form in forms]
     return any(needs_of(command, arguments) for arguments in spelled)
 
 

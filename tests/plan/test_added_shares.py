@@ -227,7 +227,22 @@ def test_who_can_walk_to_a_share(root: tuple[int, int, int], above: tuple[tuple[
         (AddedShare("t", "/x/dir"), True, False),  # leased ids
     ],
 )
-def test_a_share_that_others_reach_is_warned_of(share: AddedShare, root: bool, warned: bool) -> None:
+def test_an_added_share_that_others_reach_is_warned_of(share: AddedShare, root: bool, warned: bool) -> None:
     plan = plan_share(share, root=root)
     assert [warning for warning in plan.warnings if "set-uid" in warning] == []
+    assert ["set-uid program of user" in warning for warning in plan.logged] == ([True] if warned else [])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "warned"),
+    [
+        ("-virtfs", "local,path=/x/dir,mount_tag=t,security_model=none", True),
+        ("-virtfs", "local,path=/x/dir,mount_tag=t,security_model=passthrough", True),
+        ("-fsdev", "local,id=t,path=/x/dir,security_model=passthrough", True),
+        ("-fsdev", "local,id=t,path=/x/dir,security_model=passthrough,readonly=on", False),
+        ("-fsdev", "local,id=t,path=/x/dir,security_model=mapped-file", False),
+    ],
+)
+def test_a_share_of_the_command_lines_that_others_reach_is_warned_of(option: str, value: str, warned: bool) -> None:
+    plan = plan_of("-nodefaults", option, value)
     assert ["set-uid program of user" in warning for warning in plan.logged] == ([True] if warned else [])
