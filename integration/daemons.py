@@ -189,11 +189,17 @@ def guest_options(kind: Kind, name: str) -> str:
 
 
 @contextlib.contextmanager
-def running_daemon(kind: Kind, with_dropin: bool = True) -> Iterator[Daemon]:
-    """Start the daemon, and set it up if this is the first time."""
+def running_daemon(kind: Kind, with_dropin: bool = True, variables: dict[str, str] | None = None) -> Iterator[Daemon]:
+    """Start the daemon, and set it up if this is the first time.
+
+    Args:
+        kind: which one.
+        with_dropin: whether the drop-in is first in its PATH.
+        variables: what it gets besides.
+    """
     make_firmware()
     path = [*([str(dropin_folder())] if with_dropin else []), os.environ["PATH"]]
-    env = {**os.environ, "PATH": ":".join(path), kind.firmware_variable: str(FIRMWARE)}
+    env = {**os.environ, "PATH": ":".join(path), kind.firmware_variable: str(FIRMWARE), **(variables or {})}
     warm_up(env)
     Path("/dev/vsock").chmod(0o666)  # as udev does
     with LOG.open("wb") as log:

@@ -29,6 +29,7 @@ from integration.daemons import (
     wait_state,
 )
 from integration.leftovers import process_table
+from tests.conftest import CHECKOUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +42,8 @@ NOBODY = 65534
 USER = 1000
 PASSTHROUGH_CAPABILITIES = 0x1B  # chown, dac_override, fowner and fsetid, over mapped ids only
 NAME = "v1"
+PROGRAM = str(CHECKOUT / ".venv/bin/qemu-userns")
+LIMIT_S = 120
 HELPER = Path("/usr/lib/qemu/virtfs-proxy-helper")
 KINDS = [pytest.param(kind, id=kind.name) for kind in (LXD, INCUS) if Path(kind.server).exists()]
 
@@ -68,6 +71,26 @@ def test_without_us_a_share_takes_the_old_helper(kind: Kind, folder: Path) -> No
         else:
             assert (done.returncode, vm.state) == (1, "STOPPED")
             assert 'Required binary "virtfs-proxy-helper" couldn\'t be found' in done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_hook_writes_is_what_the_daemon_needs(kind: Kind, folder: Path) -> None:
+    """Its PATH, and the lines of the profile; applied, checked below the daemon that runs, and removed."""
+    written = [Path(f"/etc/qemu-userns/{kind.name}.{suffix}") for suffix in ("env", "apparmor")]
+    subprocess.run([PROGRAM, "hook", kind.name, "--apply"], check=True, timeout=LIMIT_S)
+    try:
+        lines = [line.partition("=") for line in written[0].read_text().splitlines()]
+        variables = {name: value.strip('"') for name, _, value in lines}
+        with running_daemon(kind, with_dropin=False, variables=variables) as daemon:
+            with daemon.vm(NAME, {"raw.apparmor": written[1].read_text()}, {"share": disk(folder)}) as vm:
+                vm.start()
+                assert vm.status("Uid").split() == [str(NOBODY)] * 4
+                assert (vm.proc / "attr/current").read_text().strip() == f"{profile_of(daemon)} (enforce)"
+            checked = subprocess.run([PROGRAM, "hook", kind.name, "--check"], capture_output=True, text=True, timeout=LIMIT_S)
+            assert "is not first in its PATH" not in checked.stdout + checked.stderr
+    finally:
+        subprocess.run([PROGRAM, "hook", kind.name, "--remove"], check=True, timeout=LIMIT_S)
+    assert not any(path.exists() for path in written)
 
 
 @pytest.fixture(scope="module", params=KINDS)

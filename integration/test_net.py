@@ -528,6 +528,18 @@ def test_fds_that_are_no_taps_are_refused(launch: Launch) -> None:
             assert ended.stderr.startswith(f"qemu-userns: -netdev {key} {file.fileno()}: it is no tap\nhint: ")
 
 
+def test_a_named_fd_that_is_no_tap_is_refused_by_qemu(launch: Launch, shared_tmp: Path) -> None:
+    """That of a client, by netdev_add."""
+
+    def add(vm: Vm) -> list[Any]:
+        with open("/dev/null") as null:
+            vm.qmp.execute("getfd", null.fileno(), fdname="mine")
+        desc = vm.qmp.ask("netdev_add", type="tap", id="n", fd="mine")["error"]["desc"]
+        return [re.sub(r"FD \d+", "FD", desc)]
+
+    compared(shared_tmp, launch, add)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_fds_of_the_caller_are_kept(launch: Launch, count: int) -> None:
     """As LXD and libvirt pass them: opened and configured already."""
