@@ -113,8 +113,6 @@ def qemu_words(host: HostFiles, home: Path) -> list[str]:
         *("-kernel", str(host.kernel), "-initrd", str(host.initramfs)),
         *("-append", "console=ttyS0 panic=-1 loglevel=4 intel_iommu=on"),
         *("-device", "intel-iommu,intremap=on", "-netdev", "user,id=vfio,restrict=on", "-device", "e1000e,netdev=vfio"),
-        # A disk that QEMU drives without the kernel.
-        *("-drive", f"file={home}/project.tar,if=none,id=nvme,format=raw,readonly=on", "-device", "nvme,drive=nvme,serial=nvme"),
         # What is handed on to guests: a USB device, a parallel port, a CD. (With a TPM, SeaBIOS leaves the kernel no ACPI.)
         *("-device", "qemu-xhci", "-device", "usb-tablet"),
         *("-chardev", "null,id=parallel", "-device", "isa-parallel,chardev=parallel"),
