@@ -29,6 +29,7 @@ PC = ["-nodefaults", "-display", "none", "-M", "pc", "-m", "32", "-S"]
 CID = 4021
 TPM_TRIES, TPM_S = 4, 30
 SPARE_NIC = "0x10d3"  # e1000e
+NVME = 'json:{{"driver":"raw","file":{{"driver":"nvme","device":"{address}","namespace":1}}}}'
 
 
 # --- vhost-vsock --------------------------------------------------------------------------------------------------------
@@ -149,10 +150,10 @@ def test_a_pci_device_is_plugged_in(launch: Launch, shared_tmp: Path, spare_nic:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("name", ["nvme://{address}/1", 'json:{{"driver":"nvme","device":"{address}","namespace":1}}'])
+@pytest.mark.parametrize("name", ["nvme://{address}/1", NVME])
 def test_qemus_own_driver_of_nvme_has_the_device_by_vfio(launch: Launch, shared_tmp: Path, spare_nic: str, name: str) -> None:
     """It reads in the card's registers that this is no disk, as plain QEMU's does."""
-    drive = ("-drive", f"if=none,id=d,format=raw,file={name.format(address=spare_nic).replace(',', ',,')}")
+    drive = ("-drive", f"if=none,id=d,file={name.format(address=spare_nic).replace(',', ',,')}")
     plain, ours = (outcome(words, *PC, *drive) for words in ([REAL], [*dropin_words(), *launch.options]))
     assert ours == plain
     assert "NVMe" in plain[2]
