@@ -6,7 +6,6 @@ What the daemons do with VMs, and shares with id maps.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import stat
 import subprocess
@@ -18,7 +17,6 @@ import pytest
 from integration.daemons import (
     INCUS,
     LXD,
-    POLL_S,
     Kind,
     Vm,
     apparmor_lines,
@@ -34,7 +32,7 @@ from tests.conftest import CHECKOUT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from integration.daemons import Daemon, Guest
+    from integration.daemons import Daemon
 
 pytestmark = [pytest.mark.root, pytest.mark.host, pytest.mark.lxd, pytest.mark.kvm, pytest.mark.dropin, pytest.mark.slow]
 
@@ -203,47 +201,3 @@ def test_a_share_shows_and_gets_the_owners_of_its_map(daemon: Daemon, folder: Pa
         assert (shell.st_uid, shell.st_gid) == (NOBODY, NOBODY)
         assert stat.S_ISREG(shell.st_mode)
         assert (roots.st_uid, roots.st_gid, roots.st_mode & 0o7000) == (0, 0, 0)
-
-
-def test_without_a_map_nothing_in_a_share_is_host_roots(daemon: Daemon, folder: Path) -> None:
-    """Guest root is an unprivileged user, who here is nobody; what is read-only stays so. Then the console, both ways."""
-    other = folder.parent / "other"
-    other.mkdir()
-    folder.chmod(0o777)
-    (folder / "users").write_text("text")
-    os.chown(folder / "users", USER, USER)
-    config = {"raw.apparmor": apparmor_lines(), "raw.qemu": guest_options(daemon.kind, NAME)}
-    shares = {"share": disk(folder, "boot.priority=10"), "other": disk(other, "readonly=true")}
-    with daemon.vm(NAME, config, shares) as vm:
-        vm.start()
-        with vm.guest() as guest:
-            guest.check("mkdir -p /share /other")
-            for name in ("share", "other"):
-                guest.check(f"mount -t 9p -o trans=virtio,version=9p2000.L {daemon.kind.name}_{name} /{name}")
-            assert guest.check("stat -c %u:%g /share/users").split() == [f"{NOBODY}:{NOBODY}"]
-            guest.check("cp /bin/busybox /share/shell && chmod 6755 /share/shell")
-            guest.check("! chown 0:5 /share/shell && ! chown 1000 /share/shell")
-            guest.check("mount -o remount,rw /other; touch /other/new 2>&1 | grep -q 'Read-only file system'")
-            check_console(daemon, guest)
-        shell = os.stat(folder / "shell")
-        assert (shell.st_uid, shell.st_gid) == (NOBODY, NOBODY)
-        assert (os.stat(folder / "users").st_uid, os.listdir(other)) == (USER, [])
-
-
-def check_console(daemon: Daemon, guest: Guest) -> None:
-    """What the guest's serial port says comes out of the client's console, and what is typed there goes in."""
-    master, slave = os.openpty()
-    with subprocess.Popen([daemon.kind.client, "console", NAME], stdin=slave, stdout=slave, stderr=slave) as console:
-        os.close(slave)
-        try:
-            said = b""
-            while b"said by the guest" not in said:
-                guest.check("echo said by the guest >/dev/ttyS0")
-                if select.select([master], [], [], POLL_S)[0]:
-                    said += os.read(master, 4096)
-            guest.check("stty -F /dev/ttyS0 raw -echo; (head -n 1 /dev/ttyS0 >/tmp/typed) >/dev/null 2>&1 &")
-            os.write(master, b"typed\r\n")
-            assert "typed" in guest.check("for _ in $(seq 100); do [ -s /tmp/typed ] && break; sleep 0.1; done; cat /tmp/typed")
-        finally:
-            console.kill()
-            os.close(master)

@@ -46,6 +46,7 @@ _GROUPS = (
     ("qemu_userns.host.tap_settings",),
     ("qemu_userns.host.memory", "qemu_userns.plan.memory"),
     ("qemu_userns.host.vfio", "qemu_userns.plan.vfio"),
+    ("qemu_userns.plan.passt",),
     ("qemu_userns.plan.refusals",),
     ("qemu_userns.supervisor.state",),
     ("qemu_userns.host.newidmap",),

@@ -38,6 +38,7 @@ LATER = (
     "qemu_userns.plan.displays",
     "qemu_userns.plan.idmaps",
     "qemu_userns.plan.memory",
+    "qemu_userns.plan.passt",
     "qemu_userns.plan.refusals",
     "qemu_userns.plan.taps",
     "qemu_userns.plan.vfio",
